@@ -1,0 +1,81 @@
+#include "cholesky.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "runtime.h"
+#include "vectorize.h"
+
+namespace fastagg::cpu {
+namespace {
+
+constexpr int64_t kBlock = 32;  // columns factored between two updates by BLAS
+
+FASTAGG_VECTORIZE void subtract_scaled(double* to, const double* from, double factor,
+                                       int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] -= factor * from[i];
+}
+
+}  // namespace
+
+// Right-looking by blocks. The work matrix is symmetric, so its row p is its column p: the columns of
+// L are kept as contiguous rows of `lt` (rank, size), and G never has to be permuted.
+PivotedCholesky pivoted_cholesky(const double* g, int64_t size, double tolerance) {
+  PivotedCholesky result;
+  result.size = size;
+  std::vector<double> work(g, g + size * size);
+  std::vector<double> diagonal(static_cast<size_t>(size));
+  std::vector<char> used(static_cast<size_t>(size), 0);
+  std::vector<double> lt;
+  lt.reserve(static_cast<size_t>(size * size));
+  for (int64_t i = 0; i < size; ++i) diagonal[i] = work[i * size + i];
+  double first = 0;
+  int64_t block_start = 0;
+  for (int64_t k = 0; k < size; ++k) {
+    int64_t pivot = -1;
+    for (int64_t i = 0; i < size; ++i)
+      if (!used[i] && (pivot < 0 || diagonal[i] > diagonal[pivot])) pivot = i;
+    if (k == 0) first = diagonal[pivot];
+    if (!(diagonal[pivot] > tolerance * first) || !(diagonal[pivot] > 0)) break;
+
+    lt.resize(static_cast<size_t>((k + 1) * size));
+    double* column = lt.data() + k * size;
+    std::copy_n(work.data() + pivot * size, size, column);
+    for (int64_t b = block_start; b < k; ++b)
+      subtract_scaled(column, lt.data() + b * size, lt[b * size + pivot], size);
+    const double root = std::sqrt(diagonal[pivot]);
+    for (int64_t i = 0; i < size; ++i) {
+      column[i] = used[i] ? 0.0 : column[i] / root;
+      if (!used[i]) diagonal[i] -= column[i] * column[i];
+    }
+    column[pivot] = root;
+    used[pivot] = 1;
+    result.pivots.push_back(pivot);
+
+    if (k + 1 - block_start == kBlock && k + 1 < size) {
+      const Matrix<double> block = row_major(lt.data() + block_start * size, kBlock, size);
+      Workspace<double> update(size * size);
+      multiply(block.transposed(), block, row_major(update.get(), size, size));
+      subtract_scaled(work.data(), update.get(), 1.0, size * size);
+      block_start = k + 1;
+    }
+  }
+  result.rank = static_cast<int64_t>(result.pivots.size());
+  result.factor.resize(static_cast<size_t>(size * result.rank));
+  for (int64_t k = 0; k < result.rank; ++k)
+    for (int64_t i = 0; i < size; ++i) result.factor[i * result.rank + k] = lt[k * size + i];
+  return result;
+}
+
+// Back substitution on rows of y; L^T is upper triangular with L^T[i][k] = factor[pivots[k]][i].
+void solve_transposed(const PivotedCholesky& cholesky, double* y, int64_t cols) {
+  const int64_t rank = cholesky.rank;
+  for (int64_t k = rank - 1; k >= 0; --k) {
+    const double* row = cholesky.factor.data() + cholesky.pivots[k] * rank;
+    const double inverse = 1.0 / row[k];
+    for (int64_t j = 0; j < cols; ++j) y[k * cols + j] *= inverse;
+    for (int64_t i = 0; i < k; ++i) subtract_scaled(y + i * cols, y + k * cols, row[i], cols);
+  }
+}
+
+}  // namespace fastagg::cpu

@@ -1,0 +1,22 @@
+// Small fp64 matrices: pivoted Cholesky and triangular solves.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fastagg::cpu {
+
+// P^T G P = L L^T, stopped where the largest remaining pivot is at most `tolerance` times the first:
+// rank revealing, and nothing in it can throw (NUMERICS: CholeskyQR needs a fallback that cannot).
+struct PivotedCholesky {
+  int64_t size = 0;
+  int64_t rank = 0;
+  std::vector<int64_t> pivots;  // rank entries: the rows of G that were chosen
+  std::vector<double> factor;   // (size, rank) row-major, rows in G's own order: G = factor factor^T
+};
+PivotedCholesky pivoted_cholesky(const double* g, int64_t size, double tolerance);
+
+// Solves L^T x = y in place for y (rank, cols) row-major, where L = factor[pivots].
+void solve_transposed(const PivotedCholesky& cholesky, double* y, int64_t cols);
+
+}  // namespace fastagg::cpu

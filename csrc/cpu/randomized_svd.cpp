@@ -1,0 +1,376 @@
+// The randomized route: a Rademacher sketch of l columns, q power iterations, each basis made
+// orthonormal by column scaling by powers of two, an fp64 Gram matrix and a pivoted Cholesky.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "../ragged/balance.h"
+#include "../ragged/philox.h"
+#include "cholesky.h"
+#include "products.h"
+#include "svd.h"
+
+namespace fastagg::cpu {
+namespace {
+
+constexpr double kEps = std::numeric_limits<double>::epsilon();
+constexpr double kBasisTolerance = 1e-13;  // NUMERICS: smaller pivots are noise of the fp32 columns
+
+// |dW|^2 and |Q^T dW|^2 come from fp32 entries: what their difference may be off by, relatively.
+constexpr double kNormRounding = 0x1p-22;
+
+// A skinny matrix (size, l) for every module.
+template <class T>
+struct Skinny {
+  Workspace<T> data;
+  int64_t size, l;
+  Skinny(int64_t modules, int64_t size, int64_t l) : data(modules * size * l), size(size), l(l) {}
+  Matrix<T> rows(int64_t module, int64_t first, int64_t count) const {
+    return row_major(data.get() + (module * size + first) * l, count, l);
+  }
+  Matrix<T> all(int64_t module) const { return rows(module, 0, size); }
+};
+
+// out = slab x for every module, by row tiles.
+template <class T>
+void contract(const Slab& slab, const std::vector<double>& scale, const Skinny<T>& x,
+              int64_t modules, const Skinny<T>& out) {
+  const int64_t count = tiles(slab.rows, kTile);
+  for_each_task(modules * count, [&](int64_t task) {
+    const int64_t l = task / count, row = task % count * kTile;
+    const int64_t height = std::min(kTile, slab.rows - row);
+    if (slab.cols == 0)
+      std::fill_n(out.rows(l, row, height).data, height * out.l, T(0));
+    else
+      contract_rows(slab, l, scale.data() + l * slab.rows, x.all(l), row, height,
+                    out.rows(l, row, height));
+  });
+}
+
+// out = slab^T x for every module, by column panels.
+template <class T>
+void expand(const Slab& slab, const std::vector<double>& scale, const Skinny<T>& x,
+            int64_t modules, const Skinny<T>& out) {
+  const int64_t count = tiles(slab.cols, kPanel);
+  for_each_task(modules * count, [&](int64_t task) {
+    const int64_t l = task / count, col = task % count * kPanel;
+    const int64_t width = std::min(kPanel, slab.cols - col);
+    if (slab.rows == 0)
+      std::fill_n(out.rows(l, col, width).data, width * out.l, T(0));
+    else
+      expand_panel(slab, l, scale.data() + l * slab.rows, x.all(l), col, width,
+                   out.rows(l, col, width));
+  });
+}
+
+std::vector<double> row_norms(const Slab& slab, int64_t modules) {
+  std::vector<double> norms(static_cast<size_t>(modules * slab.rows));
+  for_each_task(modules * slab.rows, [&](int64_t row) {
+    Workspace<double> values(slab.cols);
+    load(slab.row(0, row), slab.dtype, slab.cols, 1.0, values.get());
+    double sum = 0;
+    for (int64_t i = 0; i < slab.cols; ++i) sum += values[i] * values[i];
+    norms[row] = std::sqrt(sum);
+  });
+  return norms;
+}
+
+// dW of a stack as a linear map, its factors' rows scaled to unit norm and dW by 2^-exponent, so that
+// nothing overflows or vanishes in fp32 on the way.
+template <class T>
+class FactoredMap {
+ public:
+  FactoredMap(const Slab& a, const Slab& bt, const double* coefficients, int64_t modules)
+      : a_(a), bt_(bt), modules_(modules), middle_(static_cast<size_t>(modules * a.rows)),
+        exponent_(static_cast<size_t>(modules), 0) {
+    const int64_t rows = a.rows;
+    scale_a_ = row_norms(a, modules);
+    scale_b_ = row_norms(bt, modules);
+    for (int64_t l = 0; l < modules; ++l) {
+      double largest = 0;
+      for (int64_t j = l * rows; j < (l + 1) * rows; ++j) {
+        const double c = coefficients ? coefficients[j] : 1.0;
+        // An infinite norm has no exponent: let NaN into the products instead.
+        const double finite = 0.0 * (c + scale_a_[j] + scale_b_[j]);
+        largest = std::max(largest, std::abs(c) * scale_a_[j] * scale_b_[j]);
+        scale_a_[j] = finite == 0 ? unit_scale(scale_a_[j]) : finite;
+        scale_b_[j] = finite == 0 ? unit_scale(scale_b_[j]) : finite;
+        const double unscaled = scale_a_[j] * scale_b_[j];
+        middle_[j] = unscaled == 0 ? 0.0 : c / unscaled;
+      }
+      if (largest > 0 && std::isfinite(largest)) exponent_[l] = nearest_exponent(largest);
+      for (int64_t j = l * rows; j < (l + 1) * rows; ++j)
+        middle_[j] = std::ldexp(middle_[j], -exponent_[l]);
+    }
+  }
+
+  int exponent(int64_t module) const { return exponent_[module]; }
+
+  void forward(const Skinny<T>& x, const Skinny<T>& y) const { through(a_, scale_a_, x, bt_, scale_b_, y); }
+  void adjoint(const Skinny<T>& y, const Skinny<T>& x) const { through(bt_, scale_b_, y, a_, scale_a_, x); }
+
+ private:
+  void through(const Slab& first, const std::vector<double>& first_scale, const Skinny<T>& in,
+               const Slab& second, const std::vector<double>& second_scale,
+               const Skinny<T>& out) const {
+    const Skinny<T> inner(modules_, first.rows, in.l);
+    contract(first, first_scale, in, modules_, inner);
+    for (int64_t j = 0; j < modules_ * first.rows; ++j)
+      for (int64_t i = 0; i < in.l; ++i)
+        inner.data[j * in.l + i] = static_cast<T>(inner.data[j * in.l + i] * middle_[j]);
+    expand(second, second_scale, inner, modules_, out);
+  }
+
+  Slab a_, bt_;
+  int64_t modules_;
+  std::vector<double> scale_a_, scale_b_, middle_;
+  std::vector<int> exponent_;
+};
+
+// A dense dW (modules, m, n) as a linear map.
+template <class T>
+class DenseMap {
+ public:
+  DenseMap(const Slab& w, const std::vector<double>& squared_norms)
+      : w_(w), modules_(static_cast<int64_t>(squared_norms.size())) {
+    for (const double squared : squared_norms) {
+      const bool usable = squared > 0 && std::isfinite(squared);
+      const double scale = usable ? unit_scale(std::sqrt(squared)) : 1.0;
+      scale_.insert(scale_.end(), static_cast<size_t>(w.rows), scale);
+      exponent_.push_back(-nearest_exponent(scale));
+    }
+  }
+
+  int exponent(int64_t module) const { return exponent_[module]; }
+  void forward(const Skinny<T>& x, const Skinny<T>& y) const { contract(w_, scale_, x, modules_, y); }
+  void adjoint(const Skinny<T>& y, const Skinny<T>& x) const { expand(w_, scale_, y, modules_, x); }
+
+ private:
+  Slab w_;
+  int64_t modules_;
+  std::vector<double> scale_;
+  std::vector<int> exponent_;
+};
+
+// The Rademacher test matrix (n, l), or the identity where l = n and nothing need be random.
+template <class T>
+void fill_test_matrix(const Sketch& sketch, int64_t modules, const Skinny<T>& omega) {
+  const int64_t count = omega.size * omega.l;
+  const int64_t blocks = tiles(count, kSignsPerBlock);
+  for_each_task(modules, [&](int64_t l) {
+    T* out = omega.all(l).data;
+    if (omega.l == omega.size) {
+      std::fill_n(out, count, T(0));
+      for (int64_t i = 0; i < omega.l; ++i) out[i * omega.l + i] = T(1);
+      return;
+    }
+    const auto stream = static_cast<uint64_t>(sketch.streams ? sketch.streams[l] : l);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Philox4 words = rademacher_block(sketch.seed, stream, static_cast<uint64_t>(b));
+      const int64_t first = b * kSignsPerBlock;
+      for (int64_t e = 0; e < std::min(kSignsPerBlock, count - first); ++e)
+        out[first + e] = static_cast<T>(rademacher_sign(words, e));
+    }
+  });
+}
+
+// X X^T of the transposed: G = Y^T Y (l, l) in fp64 for every module.
+template <class T>
+Workspace<double> column_gram(const Skinny<T>& y, int64_t modules) {
+  const int64_t l = y.l;
+  Workspace<double> out(modules * l * l);
+  for_each_task(modules, [&](int64_t module) {
+    double* g = out.get() + module * l * l;
+    std::fill_n(g, l * l, 0.0);
+    Workspace<double> panel(kPanel * l);
+    for (int64_t row = 0; row < y.size; row += kPanel) {
+      const int64_t height = std::min(kPanel, y.size - row);
+      const T* from = y.rows(module, row, height).data;
+      for (int64_t i = 0; i < height * l; ++i) panel[i] = static_cast<double>(from[i]);
+      const Matrix<double> rows = row_major(panel.get(), height, l);
+      multiply_add(rows.transposed(), rows, row_major(g, l, l));
+    }
+  });
+  return out;
+}
+
+// y x for one panel of rows, in fp64.
+template <class T, class Write>
+void apply_rows(const Skinny<T>& y, int64_t module, int64_t row, int64_t height,
+                const Matrix<double>& x, const Write& write) {
+  Workspace<double> in(height * y.l), out(height * x.cols);
+  const T* from = y.rows(module, row, height).data;
+  for (int64_t i = 0; i < height * y.l; ++i) in[i] = static_cast<double>(from[i]);
+  multiply(row_major(in.get(), height, y.l), x, row_major(out.get(), height, x.cols));
+  for (int64_t i = 0; i < height; ++i)
+    for (int64_t j = 0; j < x.cols; ++j) write(row + i, j, out[i * x.cols + j]);
+}
+
+// The pivoted Cholesky of Y^T Y after its columns are scaled to about unit norm by powers of two.
+struct Basis {
+  std::vector<double> scale;  // (l,)
+  PivotedCholesky cholesky;
+};
+
+Basis basis_of(const double* g, int64_t l, double tolerance) {
+  Basis basis;
+  basis.scale.resize(static_cast<size_t>(l));
+  for (int64_t i = 0; i < l; ++i) {
+    const double norm = std::sqrt(g[i * l + i]);
+    basis.scale[i] = norm > 0 && std::isfinite(norm) ? std::ldexp(1.0, -nearest_exponent(norm)) : 0;
+  }
+  std::vector<double> scaled(static_cast<size_t>(l * l));
+  for (int64_t i = 0; i < l; ++i)
+    for (int64_t j = 0; j < l; ++j)
+      scaled[i * l + j] = basis.scale[i] * basis.scale[j] * g[i * l + j];
+  basis.cholesky = pivoted_cholesky(scaled.data(), l, tolerance);
+  return basis;
+}
+
+// (l, cols) such that Y times it is Q w, where Q is the orthonormal basis and w (rank, cols).
+std::vector<double> basis_coordinates(const Basis& basis, std::vector<double> w, int64_t cols) {
+  const PivotedCholesky& cholesky = basis.cholesky;
+  solve_transposed(cholesky, w.data(), cols);
+  std::vector<double> x(static_cast<size_t>(cholesky.size * cols), 0.0);
+  for (int64_t k = 0; k < cholesky.rank; ++k) {
+    const int64_t row = cholesky.pivots[k];
+    for (int64_t j = 0; j < cols; ++j) x[row * cols + j] = basis.scale[row] * w[k * cols + j];
+  }
+  return x;
+}
+
+// Replaces the columns of y by an orthonormal basis of their span, zeros after its dimension.
+template <class T>
+void orthonormalise(const Skinny<T>& y, int64_t modules) {
+  const int64_t l = y.l;
+  const Workspace<double> g = column_gram(y, modules);
+  std::vector<std::vector<double>> x(static_cast<size_t>(modules));
+  for_each_task(modules, [&](int64_t module) {
+    const Basis basis = basis_of(g.get() + module * l * l, l, kBasisTolerance);
+    const int64_t rank = basis.cholesky.rank;
+    std::vector<double> identity(static_cast<size_t>(rank * l), 0.0);
+    for (int64_t k = 0; k < rank; ++k) identity[k * l + k] = 1.0;
+    x[module] = basis_coordinates(basis, std::move(identity), l);
+  });
+  const int64_t panels = tiles(y.size, kPanel);
+  for_each_task(modules * panels, [&](int64_t task) {
+    const int64_t module = task / panels, row = task % panels * kPanel;
+    apply_rows(y, module, row, std::min(kPanel, y.size - row), row_major(x[module].data(), l, l),
+               [&](int64_t i, int64_t j, double value) {
+                 y.all(module).data[i * l + j] = static_cast<T>(value);
+               });
+  });
+}
+
+template <class T>
+bool has_nonfinite(const Skinny<T>& y, int64_t module) {
+  T sum = 0;  // zero, or NaN where any entry is not finite
+  for (int64_t i = 0; i < y.size * y.l; ++i) sum += T(0) * y.all(module).data[i];
+  return sum != 0;
+}
+
+// From Q and Z = dW^T Q: T = Z^T = F Q_Z^T, its core's SVD F = u s v^T, U = Q u, V = Q_Z v.
+template <class T, class Map>
+void finish(const Map& map, const Skinny<T>& q, const Skinny<T>& z,
+            const std::vector<double>& squared_norms, const SvdOut<T>& out) {
+  const int64_t l = q.l;
+  const Workspace<double> g = column_gram(z, out.modules);
+  for_each_task(out.modules, [&](int64_t module) {
+    const double* gram = g.get() + module * l * l;
+    double captured = 0;
+    for (int64_t i = 0; i < l; ++i) captured += gram[i * l + i];
+    const double squared = squared_norms[module];
+    if (!std::isfinite(squared) || !std::isfinite(captured) || has_nonfinite(q, module))
+      return fill_nonfinite(out, module);
+
+    const Basis basis = basis_of(gram, l, 4.0 * static_cast<double>(l) * kEps);
+    const int64_t rank = basis.cholesky.rank;
+    std::vector<double> f(basis.cholesky.factor);
+    for (int64_t i = 0; i < l; ++i)
+      for (int64_t k = 0; k < rank; ++k)
+        if (basis.scale[i] != 0) f[i * rank + k] /= basis.scale[i];
+    std::vector<double> u(static_cast<size_t>(l * rank)), s(static_cast<size_t>(rank));
+    std::vector<double> vt(static_cast<size_t>(rank * rank));
+    svd(f.data(), l, rank, u.data(), s.data(), vt.data());
+    // Q and Z are rounded to T: singular values below that rounding are its noise.
+    const double noise = static_cast<double>(std::numeric_limits<T>::epsilon()) * std::sqrt(captured);
+    int64_t count = 0;
+    while (count < rank && s[count] > noise) ++count;
+    const int64_t kept = std::min(count, out.r);
+
+    std::vector<double> left(static_cast<size_t>(l * kept)), right(static_cast<size_t>(rank * kept));
+    for (int64_t j = 0; j < kept; ++j) {
+      for (int64_t i = 0; i < l; ++i) left[i * kept + j] = u[i * rank + j];
+      for (int64_t i = 0; i < rank; ++i) right[i * kept + j] = vt[j * rank + i];
+      out.s[module * out.r + j] = static_cast<T>(std::ldexp(s[j], map.exponent(module)));
+    }
+    const std::vector<double> y = basis_coordinates(basis, std::move(right), kept);
+    if (kept > 0) {
+      for (int64_t row = 0; row < out.m; row += kPanel)
+        apply_rows(q, module, row, std::min(kPanel, out.m - row),
+                   row_major(left.data(), l, kept), [&](int64_t i, int64_t j, double value) {
+                     out.u[(module * out.m + i) * out.r + j] = static_cast<T>(value);
+                   });
+      for (int64_t row = 0; row < out.n; row += kPanel)
+        apply_rows(z, module, row, std::min(kPanel, out.n - row),
+                   row_major(const_cast<double*>(y.data()), l, kept),
+                   [&](int64_t i, int64_t j, double value) {
+                     out.vt[(module * out.r + j) * out.n + i] = static_cast<T>(value);
+                   });
+    }
+    fix_signs(out, module, kept);
+    // error^2 - optimal^2 <= |dW - Q Q^T dW|_F^2 = |dW|_F^2 - |Q^T dW|_F^2.
+    double* stats = out.stats + module * kStats;
+    const double missed = squared - std::ldexp(captured, 2 * map.exponent(module));
+    stats[kSquaredNorm] = squared;
+    stats[kCertificate] = std::max(missed, 0.0) + kNormRounding * squared;
+    stats[kNumericalRank] = static_cast<double>(count);
+  });
+}
+
+template <class T, class Map>
+void sketched_svd(const Map& map, const Sketch& sketch, const std::vector<double>& squared_norms,
+                  const SvdOut<T>& out) {
+  const int64_t l = std::max<int64_t>(sketch.columns, 0);
+  const Skinny<T> x(out.modules, out.n, l), y(out.modules, out.m, l);
+  fill_test_matrix(sketch, out.modules, x);
+  map.forward(x, y);
+  for (int64_t q = 0; q < sketch.power_iterations; ++q) {
+    orthonormalise(y, out.modules);
+    map.adjoint(y, x);
+    orthonormalise(x, out.modules);
+    map.forward(x, y);
+  }
+  // NUMERICS: the last basis takes two passes; the first leaves what the pivots' range lost.
+  orthonormalise(y, out.modules);
+  orthonormalise(y, out.modules);
+  map.adjoint(y, x);
+  finish(map, y, x, squared_norms, out);
+}
+
+}  // namespace
+
+template <class T>
+void randomized_svd(const Slab& a, const Slab& bt, const double* coefficients,
+                    const Sketch& sketch, const SvdOut<T>& out) {
+  std::vector<double> squared_norms(static_cast<size_t>(out.modules));
+  squared_norm(a, bt, coefficients, out.modules, squared_norms.data());
+  sketched_svd(FactoredMap<T>(a, bt, coefficients, out.modules), sketch, squared_norms, out);
+}
+
+template <class T>
+void randomized_svd_dense(const Slab& w, const Sketch& sketch, const SvdOut<T>& out) {
+  const std::vector<double> norms = row_norms(w, out.modules);
+  std::vector<double> squared_norms(static_cast<size_t>(out.modules), 0.0);
+  for (int64_t i = 0; i < out.modules * out.m; ++i) squared_norms[i / out.m] += norms[i] * norms[i];
+  sketched_svd(DenseMap<T>(w, squared_norms), sketch, squared_norms, out);
+}
+
+template void randomized_svd(const Slab&, const Slab&, const double*, const Sketch&,
+                             const SvdOut<float>&);
+template void randomized_svd(const Slab&, const Slab&, const double*, const Sketch&,
+                             const SvdOut<double>&);
+template void randomized_svd_dense(const Slab&, const Sketch&, const SvdOut<float>&);
+template void randomized_svd_dense(const Slab&, const Sketch&, const SvdOut<double>&);
+
+}  // namespace fastagg::cpu

@@ -1,0 +1,145 @@
+// Fused heterogeneous-rank stacking: every client's factors, of any rank and dtype, into the two
+// slabs of a bucket in one pass that also scales, casts, transposes B, finds what is not finite and
+// sums the squares of each row.
+#include <algorithm>
+#include <vector>
+
+#include "convert.h"
+#include "kernels.h"
+#include "runtime.h"
+
+namespace fastagg::cpu {
+namespace {
+
+constexpr int64_t kBlock = 2048;      // elements of a row handled at a time
+constexpr int64_t kColumns = 256;     // rows of B transposed at a time
+constexpr int64_t kColumnTask = 2048;  // rows of B in one task
+
+struct Task {
+  int64_t slot;
+  bool is_b;
+  int64_t begin, end;  // rows of A, or rows of B
+  int64_t partial;     // where a B task keeps its sums of squares
+};
+
+class Stacker {
+ public:
+  Stacker(const void* const* flats, const StackSlot* slots, const double* scale,
+          const StackOut& out)
+      : flats_(flats), slots_(slots), scale_(scale), out_(out), size_(element_size(out.dtype)) {}
+
+  // Rows [begin, end) of A: contiguous in the source and in the slab.
+  int64_t copy_a(const Task& task) const {
+    const StackSlot& slot = slots_[task.slot];
+    const float scale = scale_ ? static_cast<float>(scale_[task.slot]) : 1.0f;
+    int64_t nonfinite = 0;
+    float block[kBlock];
+    for (int64_t row = task.begin; row < task.end; ++row) {
+      const int64_t target = slot.module * out_.rows + slot.row + row;
+      double sum = 0;
+      for (int64_t j = 0; j < out_.n; j += kBlock) {
+        const int64_t length = std::min(kBlock, out_.n - j);
+        const void* from = at(flats_[slot.a_flat],
+                              slot.a_offset + (row * out_.n + j) * element_size(slot.a_dtype));
+        char* to = at(out_.a, (target * out_.n + j) * size_);
+        // An fp32 slab is its own block: the element is converted in place of a copy.
+        float* values = out_.dtype == DType::Float32 ? reinterpret_cast<float*>(to) : block;
+        load(from, slot.a_dtype, length, 1.0f, values);
+        const Moments found = moments(values, length);
+        nonfinite += found.nonfinite;
+        sum += found.sum_of_squares;
+        if (scale_) load(values, DType::Float32, length, scale, values);
+        if (values == block) store(block, length, to, out_.dtype);
+      }
+      out_.sum_of_squares[target] = sum;
+    }
+    return nonfinite;
+  }
+
+  // Rows [begin, end) of B become columns of Bt.
+  int64_t transpose_b(const Task& task, double* sums) const {
+    const StackSlot& slot = slots_[task.slot];
+    int64_t nonfinite = 0;
+    const int64_t first = slot.module * out_.rows + slot.row;
+    Workspace<float> rows(kColumns * slot.rank);
+    Workspace<float> columns(kColumns * slot.rank);
+    for (int64_t i = task.begin; i < task.end; i += kColumns) {
+      const int64_t length = std::min(kColumns, task.end - i);
+      load(at(flats_[slot.b_flat], slot.b_offset + i * slot.rank * element_size(slot.b_dtype)),
+           slot.b_dtype, length * slot.rank, 1.0f, rows.get());
+      const bool direct = out_.dtype == DType::Float32;
+      float* to = direct ? static_cast<float*>(out_.bt) + first * out_.m + i : columns.get();
+      const int64_t stride = direct ? out_.m : kColumns;
+      transpose(rows.get(), length, slot.rank, to, stride);
+      for (int64_t j = 0; j < slot.rank; ++j) {
+        const Moments found = moments(to + j * stride, length);
+        nonfinite += found.nonfinite;
+        sums[j] += found.sum_of_squares;
+        if (!direct)
+          store(to + j * stride, length, at(out_.bt, ((first + j) * out_.m + i) * size_),
+                out_.dtype);
+      }
+    }
+    return nonfinite;
+  }
+
+  // Rows that no client fills are zero.
+  void clear(int64_t row) const {
+    memset(at(out_.a, row * out_.n * size_), 0, static_cast<size_t>(out_.n * size_));
+    memset(at(out_.bt, row * out_.m * size_), 0, static_cast<size_t>(out_.m * size_));
+    out_.sum_of_squares[row] = 0;
+    out_.sum_of_squares[out_.modules * out_.rows + row] = 0;
+  }
+
+ private:
+  const void* const* flats_;
+  const StackSlot* slots_;
+  const double* scale_;
+  const StackOut& out_;
+  int64_t size_;
+};
+
+}  // namespace
+
+void stack(const void* const* flats, const StackSlot* slots, int64_t count, const double* scale,
+           const StackOut& out) {
+  const Stacker stacker(flats, slots, scale, out);
+  std::vector<Task> tasks;
+  std::vector<char> covered(static_cast<size_t>(out.modules * out.rows), 0);
+  int64_t partials = 0;
+  for (int64_t s = 0; s < count; ++s) {
+    const StackSlot& slot = slots[s];
+    const int64_t first = slot.module * out.rows + slot.row;
+    std::fill_n(covered.begin() + first, slot.rank, 1);
+    for (int64_t row = 0; row < slot.rank; row += 16)
+      tasks.push_back({s, false, row, std::min(row + 16, slot.rank), 0});
+    for (int64_t i = 0; i < out.m; i += kColumnTask) {
+      tasks.push_back({s, true, i, std::min(i + kColumnTask, out.m), partials});
+      partials += slot.rank;
+    }
+  }
+  std::vector<double> sums(static_cast<size_t>(partials), 0.0);
+  std::vector<int64_t> nonfinite(tasks.size(), 0);
+  for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t t) {
+    const Task& task = tasks[t];
+    nonfinite[t] = task.is_b ? stacker.transpose_b(task, sums.data() + task.partial)
+                             : stacker.copy_a(task);
+  });
+  for (int64_t row = 0; row < out.modules * out.rows; ++row)
+    if (!covered[row]) stacker.clear(row);
+
+  std::fill_n(out.nonfinite, 2 * count, 0);
+  double* b_sums = out.sum_of_squares + out.modules * out.rows;
+  for (int64_t s = 0; s < count; ++s)
+    std::fill_n(b_sums + slots[s].module * out.rows + slots[s].row, slots[s].rank, 0.0);
+  for (size_t t = 0; t < tasks.size(); ++t) {
+    const Task& task = tasks[t];
+    const StackSlot& slot = slots[task.slot];
+    out.nonfinite[2 * task.slot + task.is_b] += nonfinite[t];
+    if (!task.is_b) continue;
+    for (int64_t j = 0; j < slot.rank; ++j)
+      b_sums[slot.module * out.rows + slot.row + j] += sums[task.partial + j];
+  }
+}
+
+}  // namespace fastagg::cpu

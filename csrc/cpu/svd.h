@@ -1,0 +1,54 @@
+// Truncated SVDs of dW = B diag(c) A, batched over the modules of a bucket (NUMERICS: one blueprint
+// for both routes). Non-finite input gives NaN throughout, never a rank: the caller decides.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace fastagg::cpu {
+
+// Columns of the stats of a decomposition.
+constexpr int64_t kSquaredNorm = 0;    // |dW|_F^2
+constexpr int64_t kCertificate = 1;    // an upper bound of error^2 - optimal^2 at rank r
+constexpr int64_t kNumericalRank = 2;  // singular values above rounding (randomized: among l)
+constexpr int64_t kStats = 3;
+
+template <class T>
+struct SvdOut {
+  T* u;   // (modules, m, r)
+  T* s;   // (modules, r)
+  T* vt;  // (modules, r, n)
+  double* stats;
+  int64_t modules, m, n, r;
+};
+
+struct Sketch {
+  int64_t columns;  // l
+  int64_t power_iterations;
+  uint64_t seed;
+  const int64_t* streams;  // (modules), or null: the module's index
+};
+
+// Exact: fp64 Gram matrices, pivoted Cholesky, SVD of the R x R core.
+template <class T>
+void gram_svd(const Slab& a, const Slab& bt, const double* coefficients, const SvdOut<T>& out);
+
+// Halko, Martinsson and Tropp (SIAM Review 2011), of the factors: Y = B (c * (A Omega)).
+template <class T>
+void randomized_svd(const Slab& a, const Slab& bt, const double* coefficients,
+                    const Sketch& sketch, const SvdOut<T>& out);
+
+// The same of a dense dW (modules, m, n).
+template <class T>
+void randomized_svd_dense(const Slab& w, const Sketch& sketch, const SvdOut<T>& out);
+
+// Zeroes the columns from `kept` on, and makes the largest entry of each u positive (the lowest index
+// breaks a tie), so that a decomposition is a function of its input.
+template <class T>
+void fix_signs(const SvdOut<T>& out, int64_t module, int64_t kept);
+
+template <class T>
+void fill_nonfinite(const SvdOut<T>& out, int64_t module);
+
+}  // namespace fastagg::cpu
