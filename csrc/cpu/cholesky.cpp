@@ -18,8 +18,8 @@ FASTAGG_VECTORIZE void subtract_scaled(double* to, const double* from, double fa
 
 }  // namespace
 
-// Right-looking by blocks. The work matrix is symmetric, so its row p is its column p: the columns of
-// L are kept as contiguous rows of `lt` (rank, size), and G never has to be permuted.
+// Right-looking by blocks. The work matrix is symmetric, so its row p is its column p: the columns
+// of L are kept as contiguous rows of `lt` (rank, size), and G never has to be permuted.
 PivotedCholesky pivoted_cholesky(const double* g, int64_t size, double tolerance) {
   PivotedCholesky result;
   result.size = size;

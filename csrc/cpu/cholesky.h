@@ -6,13 +6,14 @@
 
 namespace fastagg::cpu {
 
-// P^T G P = L L^T, stopped where the largest remaining pivot is at most `tolerance` times the first:
-// rank revealing, and nothing in it can throw (NUMERICS: CholeskyQR needs a fallback that cannot).
+// P^T G P = L L^T, stopped where the largest remaining pivot is at most `tolerance` times the
+// first: rank revealing, and nothing in it can throw (NUMERICS: CholeskyQR needs a fallback that
+// cannot).
 struct PivotedCholesky {
   int64_t size = 0;
   int64_t rank = 0;
   std::vector<int64_t> pivots;  // rank entries: the rows of G that were chosen
-  std::vector<double> factor;   // (size, rank) row-major, rows in G's own order: G = factor factor^T
+  std::vector<double> factor;  // (size, rank) row-major, rows in G's own order: G = factor factor^T
 };
 PivotedCholesky pivoted_cholesky(const double* g, int64_t size, double tolerance);
 

@@ -32,7 +32,8 @@ FASTAGG_VECTORIZE void load_double_as_float(const void* from, int64_t count, dou
 }
 
 FASTAGG_VECTORIZE void widen_float(const void* from, int64_t count, double scale, double* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = scale * static_cast<double>(unaligned<float>(from, i));
+  for (int64_t i = 0; i < count; ++i)
+    to[i] = scale * static_cast<double>(unaligned<float>(from, i));
 }
 
 FASTAGG_VECTORIZE void widen_bfloat16(const void* from, int64_t count, double scale, double* to) {

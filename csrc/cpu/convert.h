@@ -1,5 +1,5 @@
-// Element conversions over contiguous runs. Sources need no alignment: a safetensors file of another
-// writer may put a tensor at any byte.
+// Element conversions over contiguous runs. Sources need no alignment: a safetensors file of
+// another writer may put a tensor at any byte.
 #pragma once
 
 #include "../ragged/tables.h"

@@ -20,19 +20,15 @@ std::vector<TilePair> upper_tiles(int64_t modules, int64_t rows, int64_t tile) {
   return pairs;
 }
 
-// Calls visit(pair, (A A^T) tile, (B^T B) tile) for the tiles on and above the diagonal, in tasks.
-template <class T, class Visit>
+// Calls visit(task, pair, A A^T tile, B^T B tile, their row stride), tile by tile, in tasks.
+template <class Visit>
 void for_each_tile(const Slab& a, const Slab& bt, const std::vector<TilePair>& pairs,
                    const Visit& visit) {
   for_each_task(static_cast<int64_t>(pairs.size()), [&](int64_t task) {
-    const TilePair& pair = pairs[task];
-    Workspace<double> ga(pair.i_count * pair.j_count);
-    Workspace<double> gb(pair.i_count * pair.j_count);
-    gram_tile<T>(a, pair.module, pair.i, pair.i_count, pair.j, pair.j_count,
-                 row_major(ga.get(), pair.i_count, pair.j_count));
-    gram_tile<T>(bt, pair.module, pair.i, pair.i_count, pair.j, pair.j_count,
-                 row_major(gb.get(), pair.i_count, pair.j_count));
-    visit(task, pair, ga.get(), gb.get());
+    const TilePair& t = pairs[task];
+    const Workspace<double> ga = gram_tile(a, t.module, t.i, t.i_count, t.j, t.j_count);
+    const Workspace<double> gb = gram_tile(bt, t.module, t.i, t.i_count, t.j, t.j_count);
+    visit(task, t, ga.get(), gb.get(), padded(t.j_count, kRowPadding));
   });
 }
 
@@ -46,13 +42,16 @@ void gram(const Slab& slab, int64_t modules, double* out) {
   const int64_t rows = slab.rows;
   const auto pairs = upper_tiles(modules, rows, kTile);
   for_each_task(static_cast<int64_t>(pairs.size()), [&](int64_t task) {
-    const TilePair& pair = pairs[task];
-    double* matrix = out + pair.module * rows * rows;
-    gram_tile<double>(slab, pair.module, pair.i, pair.i_count, pair.j, pair.j_count,
-                      {matrix + pair.i * rows + pair.j, pair.i_count, pair.j_count, rows, 1});
-    for (int64_t r = 0; r < pair.i_count; ++r)
-      for (int64_t c = 0; c < pair.j_count; ++c)
-        matrix[(pair.j + c) * rows + pair.i + r] = matrix[(pair.i + r) * rows + pair.j + c];
+    const TilePair& t = pairs[task];
+    double* matrix = out + t.module * rows * rows;
+    const Workspace<double> tile = gram_tile(slab, t.module, t.i, t.i_count, t.j, t.j_count);
+    const int64_t stride = padded(t.j_count, kRowPadding);
+    for (int64_t r = 0; r < t.i_count; ++r)
+      for (int64_t c = t.i == t.j ? r : 0; c < t.j_count; ++c) {
+        const double value = tile[r * stride + c];
+        matrix[(t.i + r) * rows + t.j + c] = value;
+        matrix[(t.j + c) * rows + t.i + r] = value;
+      }
   });
 }
 
@@ -63,29 +62,30 @@ void update_gram(const Slab& a, const Slab& bt, const double* coefficients, cons
   const int64_t square = clients * clients;
   // Tiles of one module add to the same K x K matrix: each task has its own, added up in order.
   std::vector<std::vector<double>> partial(pairs.size());
-  for_each_tile<double>(
-      a, bt, pairs, [&](int64_t task, const TilePair& pair, const double* ga, const double* gb) {
+  for_each_tile(
+      a, bt, pairs,
+      [&](int64_t task, const TilePair& pair, const double* ga, const double* gb, int64_t stride) {
         partial[task].assign(static_cast<size_t>(square), 0.0);
         const int64_t base = pair.module * rows;
         for (int64_t r = 0; r < pair.i_count; ++r) {
           const int64_t p = owners[base + pair.i + r];
           if (p < 0) continue;
           const double cp = coefficient(coefficients, base + pair.i + r);
-          for (int64_t c = 0; c < pair.j_count; ++c) {
+          for (int64_t c = pair.i == pair.j ? r : 0; c < pair.j_count; ++c) {
             const int64_t q = owners[base + pair.j + c];
             if (q < 0) continue;
-            const int64_t e = r * pair.j_count + c;
-            const double value =
-                cp * coefficient(coefficients, base + pair.j + c) * ga[e] * gb[e];
+            const int64_t e = r * stride + c;
+            const double value = cp * coefficient(coefficients, base + pair.j + c) * ga[e] * gb[e];
             partial[task][p * clients + q] += value;
-            if (pair.i != pair.j) partial[task][q * clients + p] += value;
+            if (pair.i + r != pair.j + c) partial[task][q * clients + p] += value;
           }
         }
       });
   std::fill_n(out, modules * square, 0.0);
   for (size_t task = 0; task < pairs.size(); ++task)
     for (int64_t e = 0; e < square; ++e) out[pairs[task].module * square + e] += partial[task][e];
-  // A tile's sums of (p, q) and (q, p) may differ in the last bit: return what is symmetric exactly.
+  // A tile's sums of (p, q) and (q, p) may differ in the last bit: return what is symmetric
+  // exactly.
   for (int64_t l = 0; l < modules; ++l)
     for (int64_t p = 0; p < clients; ++p)
       for (int64_t q = 0; q < p; ++q) {
@@ -100,18 +100,20 @@ void squared_norm(const Slab& a, const Slab& bt, const double* coefficients, int
   const int64_t rows = a.rows;
   const auto pairs = upper_tiles(modules, rows, kTile);
   std::vector<double> partial(pairs.size(), 0.0);
-  for_each_tile<double>(
-      a, bt, pairs, [&](int64_t task, const TilePair& pair, const double* ga, const double* gb) {
-        const double both = pair.i == pair.j ? 1.0 : 2.0;
+  for_each_tile(
+      a, bt, pairs,
+      [&](int64_t task, const TilePair& pair, const double* ga, const double* gb, int64_t stride) {
         const int64_t base = pair.module * rows;
         double sum = 0;
         for (int64_t r = 0; r < pair.i_count; ++r) {
-          const double cr = both * coefficient(coefficients, base + pair.i + r);
+          const bool diagonal = pair.i == pair.j;
           double line = 0;
-          for (int64_t c = 0; c < pair.j_count; ++c)
-            line += coefficient(coefficients, base + pair.j + c) * ga[r * pair.j_count + c] *
-                    gb[r * pair.j_count + c];
-          sum += cr * line;
+          for (int64_t c = diagonal ? r : 0; c < pair.j_count; ++c) {
+            const double both = diagonal && c == r ? 1.0 : 2.0;
+            line += both * coefficient(coefficients, base + pair.j + c) * ga[r * stride + c] *
+                    gb[r * stride + c];
+          }
+          sum += coefficient(coefficients, base + pair.i + r) * line;
         }
         partial[task] = sum;
       });

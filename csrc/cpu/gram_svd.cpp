@@ -1,8 +1,10 @@
-// The exact route. With dW = B~ A~ (coefficients and balance folded in), G_B = B~^T B~ = F_B F_B^T and
-// G_A = A~ A~^T = F_A F_A^T by pivoted Cholesky, B~ = Q_B F_B^T with Q_B = B~[:, piv] L_B^-T, so
+// The exact route. With dW = B~ A~ (coefficients and balance folded in), G_B = B~^T B~ = F_B F_B^T
+// and G_A = A~ A~^T = F_A F_A^T by pivoted Cholesky, B~ = Q_B F_B^T with Q_B = B~[:, piv] L_B^-T,
+// so
 //     dW = Q_B (F_B^T F_A) Q_A^T,
 // and the SVD u s v^T of the small core gives U = Q_B u, V = Q_A v. The scalings never touch the
-// factors: they act on the R x R Gram matrices and on the R x r matrices X, Y of U = B X, V = A^T Y.
+// factors: they act on the R x R Gram matrices and on the R x r matrices X, Y of U = B X, V = A^T
+// Y.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -61,8 +63,7 @@ double growth(const double* g, const std::vector<double>& x, int64_t rows, int64
   double largest = 0;
   for (int64_t j = 0; j < kept; ++j) {
     double sum = 0;
-    for (int64_t i = 0; i < rows; ++i)
-      sum += g[i * rows + i] * x[i * kept + j] * x[i * kept + j];
+    for (int64_t i = 0; i < rows; ++i) sum += g[i * rows + i] * x[i * kept + j] * x[i * kept + j];
     largest = std::max(largest, sum);
   }
   return std::sqrt(largest);
@@ -100,8 +101,7 @@ Core solve_core(const double* ga, const double* gb, const double* c, int64_t row
     multiply(fb.transposed(), fa, row_major(small.data(), b.rank, a.rank));
     svd(small.data(), b.rank, a.rank, u.data(), s.data(), vt.data());
   }
-  const double noise =
-      8.0 * static_cast<double>(rows) * kEps * norm(a.factor) * norm(b.factor);
+  const double noise = 8.0 * static_cast<double>(rows) * kEps * norm(a.factor) * norm(b.factor);
   int64_t rank = 0;
   while (rank < k && s[rank] > noise) ++rank;
   core.kept = std::min(rank, r);
@@ -110,8 +110,8 @@ Core solve_core(const double* ga, const double* gb, const double* c, int64_t row
   for (int64_t i = 0; i < rank; ++i) (i < core.kept ? total : tail) += s[i] * s[i];
   total += tail;
   stats[kSquaredNorm] = total;
-  stats[kCertificate] = kPromise * std::sqrt(total) * (2 * std::sqrt(tail)) +
-                        kPromise * kPromise * total;
+  stats[kCertificate] =
+      kPromise * std::sqrt(total) * (2 * std::sqrt(tail)) + kPromise * kPromise * total;
   stats[kNumericalRank] = static_cast<double>(rank);
   for (int64_t i = 0; i < core.kept; ++i) s_out[i] = static_cast<T>(s[i]);
 

@@ -2,17 +2,19 @@
 // panel of the slab is converted once, in cache, and multiplied by torch's BLAS.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #include "convert.h"
+#include "inner_products.h"
 #include "kernels.h"
 #include "runtime.h"
 
 namespace fastagg::cpu {
 
 constexpr int64_t kPanel = 512;  // columns of a slab converted at a time
-constexpr int64_t kTile = 256;   // rows of a Gram tile: two fp64 panels of 1 MiB stay in the L2
+constexpr int64_t kTile = 192;   // rows of a Gram tile: its fp64 panels stay in the L2 cache
 
 inline int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
@@ -52,30 +54,35 @@ void contract_rows(const Slab& slab, int64_t module, const double* scale, const 
   }
 }
 
-// A (rows i) x A (rows j)^T over all columns: out (i_count, j_count). Products in T, and the sum over
-// panels in fp64: with T = float each panel's error is random and nothing accumulates.
-template <class T>
-void gram_tile(const Slab& slab, int64_t module, int64_t i, int64_t i_count, int64_t j,
-               int64_t j_count, const Matrix<double>& out) {
-  Workspace<T> left(i_count * kPanel);
-  Workspace<T> right(i == j ? 0 : j_count * kPanel);
-  Workspace<T> product(i_count * j_count);
+// Rows [i, i + i_count) times rows [j, j + j_count) of a slab, transposed, in fp64: the result is
+// (padded i_count, padded j_count). Where i = j only its upper triangle is filled.
+inline Workspace<double> gram_tile(const Slab& slab, int64_t module, int64_t i, int64_t i_count,
+                                   int64_t j, int64_t j_count) {
+  const int64_t i_padded = padded(i_count, kRowPadding), j_padded = padded(j_count, kRowPadding);
+  Workspace<double> left(i_padded * kPanel);
+  Workspace<double> right(i == j ? 0 : j_padded * kPanel);
+  Workspace<double> out(i_padded * j_padded);
+  std::fill_n(out.get(), i_padded * j_padded, 0.0);
+  const auto load_padded = [&](int64_t row, int64_t count, int64_t col, int64_t width,
+                               int64_t stride, double* panel) {
+    for (int64_t r = 0; r < padded(count, kRowPadding); ++r) {
+      double* to = panel + r * stride;
+      const int64_t filled = r < count ? width : 0;
+      if (filled)
+        load(static_cast<const char*>(slab.row(module, row + r)) + col * element_size(slab.dtype),
+             slab.dtype, width, 1.0, to);
+      std::fill(to + filled, to + stride, 0.0);
+    }
+  };
   for (int64_t col = 0; col < slab.cols; col += kPanel) {
     const int64_t width = std::min(kPanel, slab.cols - col);
-    load_panel<T>(slab, module, i, i_count, col, width, nullptr, left.get());
-    if (i != j) load_panel<T>(slab, module, j, j_count, col, width, nullptr, right.get());
-    const Matrix<T> rows = row_major(left.get(), i_count, width);
-    const Matrix<T> cols = row_major(i == j ? left.get() : right.get(), j_count, width);
-    multiply(rows, cols.transposed(), row_major(product.get(), i_count, j_count));
-    for (int64_t r = 0; r < i_count; ++r)
-      for (int64_t c = 0; c < j_count; ++c) {
-        double& sum = out.data[r * out.row_stride + c];
-        sum = (col == 0 ? 0.0 : sum) + static_cast<double>(product[r * j_count + c]);
-      }
+    const int64_t stride = padded(width, kWidthPadding);
+    load_padded(i, i_count, col, width, stride, left.get());
+    if (i != j) load_padded(j, j_count, col, width, stride, right.get());
+    add_inner_products(left.get(), i_padded, i == j ? left.get() : right.get(), j_padded, stride,
+                       out.get());
   }
-  if (slab.cols == 0)
-    for (int64_t r = 0; r < i_count; ++r)
-      std::fill_n(out.data + r * out.row_stride, j_count, 0.0);
+  return out;
 }
 
 }  // namespace fastagg::cpu

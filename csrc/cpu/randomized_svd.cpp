@@ -49,8 +49,8 @@ void contract(const Slab& slab, const std::vector<double>& scale, const Skinny<T
 
 // out = slab^T x for every module, by column panels.
 template <class T>
-void expand(const Slab& slab, const std::vector<double>& scale, const Skinny<T>& x,
-            int64_t modules, const Skinny<T>& out) {
+void expand(const Slab& slab, const std::vector<double>& scale, const Skinny<T>& x, int64_t modules,
+            const Skinny<T>& out) {
   const int64_t count = tiles(slab.cols, kPanel);
   for_each_task(modules * count, [&](int64_t task) {
     const int64_t l = task / count, col = task % count * kPanel;
@@ -75,13 +75,16 @@ std::vector<double> row_norms(const Slab& slab, int64_t modules) {
   return norms;
 }
 
-// dW of a stack as a linear map, its factors' rows scaled to unit norm and dW by 2^-exponent, so that
-// nothing overflows or vanishes in fp32 on the way.
+// dW of a stack as a linear map, its factors' rows scaled to unit norm and dW by 2^-exponent, so
+// that nothing overflows or vanishes in fp32 on the way.
 template <class T>
 class FactoredMap {
  public:
   FactoredMap(const Slab& a, const Slab& bt, const double* coefficients, int64_t modules)
-      : a_(a), bt_(bt), modules_(modules), middle_(static_cast<size_t>(modules * a.rows)),
+      : a_(a),
+        bt_(bt),
+        modules_(modules),
+        middle_(static_cast<size_t>(modules * a.rows)),
         exponent_(static_cast<size_t>(modules), 0) {
     const int64_t rows = a.rows;
     scale_a_ = row_norms(a, modules);
@@ -106,8 +109,12 @@ class FactoredMap {
 
   int exponent(int64_t module) const { return exponent_[module]; }
 
-  void forward(const Skinny<T>& x, const Skinny<T>& y) const { through(a_, scale_a_, x, bt_, scale_b_, y); }
-  void adjoint(const Skinny<T>& y, const Skinny<T>& x) const { through(bt_, scale_b_, y, a_, scale_a_, x); }
+  void forward(const Skinny<T>& x, const Skinny<T>& y) const {
+    through(a_, scale_a_, x, bt_, scale_b_, y);
+  }
+  void adjoint(const Skinny<T>& y, const Skinny<T>& x) const {
+    through(bt_, scale_b_, y, a_, scale_a_, x);
+  }
 
  private:
   void through(const Slab& first, const std::vector<double>& first_scale, const Skinny<T>& in,
@@ -142,7 +149,9 @@ class DenseMap {
   }
 
   int exponent(int64_t module) const { return exponent_[module]; }
-  void forward(const Skinny<T>& x, const Skinny<T>& y) const { contract(w_, scale_, x, modules_, y); }
+  void forward(const Skinny<T>& x, const Skinny<T>& y) const {
+    contract(w_, scale_, x, modules_, y);
+  }
   void adjoint(const Skinny<T>& y, const Skinny<T>& x) const { expand(w_, scale_, y, modules_, x); }
 
  private:
@@ -293,12 +302,14 @@ void finish(const Map& map, const Skinny<T>& q, const Skinny<T>& z,
     std::vector<double> vt(static_cast<size_t>(rank * rank));
     svd(f.data(), l, rank, u.data(), s.data(), vt.data());
     // Q and Z are rounded to T: singular values below that rounding are its noise.
-    const double noise = static_cast<double>(std::numeric_limits<T>::epsilon()) * std::sqrt(captured);
+    const double noise =
+        static_cast<double>(std::numeric_limits<T>::epsilon()) * std::sqrt(captured);
     int64_t count = 0;
     while (count < rank && s[count] > noise) ++count;
     const int64_t kept = std::min(count, out.r);
 
-    std::vector<double> left(static_cast<size_t>(l * kept)), right(static_cast<size_t>(rank * kept));
+    std::vector<double> left(static_cast<size_t>(l * kept)),
+        right(static_cast<size_t>(rank * kept));
     for (int64_t j = 0; j < kept; ++j) {
       for (int64_t i = 0; i < l; ++i) left[i * kept + j] = u[i * rank + j];
       for (int64_t i = 0; i < rank; ++i) right[i * kept + j] = vt[j * rank + i];
@@ -307,8 +318,8 @@ void finish(const Map& map, const Skinny<T>& q, const Skinny<T>& z,
     const std::vector<double> y = basis_coordinates(basis, std::move(right), kept);
     if (kept > 0) {
       for (int64_t row = 0; row < out.m; row += kPanel)
-        apply_rows(q, module, row, std::min(kPanel, out.m - row),
-                   row_major(left.data(), l, kept), [&](int64_t i, int64_t j, double value) {
+        apply_rows(q, module, row, std::min(kPanel, out.m - row), row_major(left.data(), l, kept),
+                   [&](int64_t i, int64_t j, double value) {
                      out.u[(module * out.m + i) * out.r + j] = static_cast<T>(value);
                    });
       for (int64_t row = 0; row < out.n; row += kPanel)
@@ -351,8 +362,8 @@ void sketched_svd(const Map& map, const Sketch& sketch, const std::vector<double
 }  // namespace
 
 template <class T>
-void randomized_svd(const Slab& a, const Slab& bt, const double* coefficients,
-                    const Sketch& sketch, const SvdOut<T>& out) {
+void randomized_svd(const Slab& a, const Slab& bt, const double* coefficients, const Sketch& sketch,
+                    const SvdOut<T>& out) {
   std::vector<double> squared_norms(static_cast<size_t>(out.modules));
   squared_norm(a, bt, coefficients, out.modules, squared_norms.data());
   sketched_svd(FactoredMap<T>(a, bt, coefficients, out.modules), sketch, squared_norms, out);

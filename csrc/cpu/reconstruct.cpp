@@ -31,8 +31,8 @@ void reconstruct(const Slab& a, const Slab& bt, const double* coefficients, int6
     Workspace<float> left(rows * count);
     load_panel(bt, l, 0, rows, first, count, coefficients ? coefficients + l * rows : nullptr,
                left.get());
-    auto* right = widen ? wide.get() + l * rows * n
-                        : static_cast<float*>(const_cast<void*>(a.row(l, 0)));
+    auto* right =
+        widen ? wide.get() + l * rows * n : static_cast<float*>(const_cast<void*>(a.row(l, 0)));
     char* target = at(base, (l * m + first) * n * size);
     const bool direct = replace && dtype == DType::Float32;
     Workspace<float> product(direct ? 0 : count * n);

@@ -11,8 +11,8 @@
 namespace fastagg::cpu {
 namespace {
 
-constexpr int64_t kBlock = 2048;      // elements of a row handled at a time
-constexpr int64_t kColumns = 256;     // rows of B transposed at a time
+constexpr int64_t kBlock = 2048;       // elements of a row handled at a time
+constexpr int64_t kColumns = 256;      // rows of B transposed at a time
 constexpr int64_t kColumnTask = 2048;  // rows of B in one task
 
 struct Task {
@@ -122,8 +122,8 @@ void stack(const void* const* flats, const StackSlot* slots, int64_t count, cons
   std::vector<int64_t> nonfinite(tasks.size(), 0);
   for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t t) {
     const Task& task = tasks[t];
-    nonfinite[t] = task.is_b ? stacker.transpose_b(task, sums.data() + task.partial)
-                             : stacker.copy_a(task);
+    nonfinite[t] =
+        task.is_b ? stacker.transpose_b(task, sums.data() + task.partial) : stacker.copy_a(task);
   });
   for (int64_t row = 0; row < out.modules * out.rows; ++row)
     if (!covered[row]) stacker.clear(row);

@@ -36,15 +36,15 @@ void gram_svd(const Slab& a, const Slab& bt, const double* coefficients, const S
 
 // Halko, Martinsson and Tropp (SIAM Review 2011), of the factors: Y = B (c * (A Omega)).
 template <class T>
-void randomized_svd(const Slab& a, const Slab& bt, const double* coefficients,
-                    const Sketch& sketch, const SvdOut<T>& out);
+void randomized_svd(const Slab& a, const Slab& bt, const double* coefficients, const Sketch& sketch,
+                    const SvdOut<T>& out);
 
 // The same of a dense dW (modules, m, n).
 template <class T>
 void randomized_svd_dense(const Slab& w, const Sketch& sketch, const SvdOut<T>& out);
 
-// Zeroes the columns from `kept` on, and makes the largest entry of each u positive (the lowest index
-// breaks a tie), so that a decomposition is a function of its input.
+// Zeroes the columns from `kept` on, and makes the largest entry of each u positive (the lowest
+// index breaks a tie), so that a decomposition is a function of its input.
 template <class T>
 void fix_signs(const SvdOut<T>& out, int64_t module, int64_t kept);
 

@@ -70,7 +70,8 @@ inline Tensor empty_cpu(std::initializer_list<int64_t> shape, ScalarType dtype) 
 }
 
 inline void check_cpu(const char* op, const char* argument, const Tensor& tensor) {
-  check(tensor.is_cpu(), op, argument, "expected a CPU tensor like the other arguments, got one on "
+  check(tensor.is_cpu(), op, argument,
+        "expected a CPU tensor like the other arguments, got one on "
         "another device; move all arguments to one device");
 }
 

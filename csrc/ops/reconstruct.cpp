@@ -44,10 +44,8 @@ void reconstruct_(const Tensor& base, const Tensor& a, const Tensor& bt,
 }  // namespace fastagg::ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastagg, m) {
-  m.def(
-      "reconstruct(Tensor A, Tensor Bt, Tensor? coefficients, ScalarType dtype) -> Tensor");
-  m.def(
-      "reconstruct_(Tensor(a!) base, Tensor A, Tensor Bt, Tensor? coefficients) -> ()");
+  m.def("reconstruct(Tensor A, Tensor Bt, Tensor? coefficients, ScalarType dtype) -> Tensor");
+  m.def("reconstruct_(Tensor(a!) base, Tensor A, Tensor Bt, Tensor? coefficients) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastagg, CPU, m) {

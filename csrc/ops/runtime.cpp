@@ -33,14 +33,13 @@ void mm(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(tensor_of(a)),
                                     torch::stable::detail::from(tensor_of(b)),
                                     torch::stable::detail::from(tensor_of(out))};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   // The op returns its out argument: a handle that must be released.
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// BLAS cannot add into a view here (addmm takes Scalars, which the stable ABI does not carry), and a
-// product's panel is so much larger than its result that adding it afterwards costs nothing.
+// BLAS cannot add into a view here (addmm takes Scalars, which the stable ABI does not carry), and
+// a product's panel is so much larger than its result that adding it afterwards costs nothing.
 template <class T>
 void mm_add(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& out) {
   Workspace<T> product(out.rows * out.cols);

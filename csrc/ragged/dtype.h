@@ -1,4 +1,5 @@
-// The element types of factors and their exact conversions, for tables that address tensors by byte.
+// The element types of factors and their exact conversions, for tables that address tensors by
+// byte.
 #pragma once
 
 #include <cstring>
@@ -63,7 +64,7 @@ FASTAGG_HD uint16_t float_to_half(float value) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // >= 65520
-  if (magnitude < 0x38800000u) {                                              // < 2^-14
+  if (magnitude < 0x38800000u) {                                               // < 2^-14
     const float rounded = float_from_bits(magnitude) + 0.5f;
     return static_cast<uint16_t>(sign | (bits_from_float(rounded) - 0x3f000000u));
   }
