@@ -64,6 +64,18 @@ def stack(
     return _ops.stack(flats, slots, scale, modules, rows, m, n, dtype)  # type: ignore[no-any-return]
 
 
+def stack_(
+    A: Tensor, Bt: Tensor, flats: Sequence[Tensor], slots: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`stack` into existing contiguous slabs of one dtype; the last two of its results.
+
+    On a CPU a fresh slab costs more in page faults than the stacking: a loop over chunks reuses its own.
+    """
+    if not flats:
+        flats = [slots.new_empty(0)]
+    return _ops.stack_(A, Bt, flats, slots, scale)  # type: ignore[no-any-return]
+
+
 def reconstruct(
     A: Tensor, Bt: Tensor, coefficients: Tensor | None = None, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -187,6 +199,14 @@ def _(
     )
 
 
+@_fake("stack_")
+def _(
+    A: Tensor, Bt: Tensor, flats: list[Tensor], slots: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    shape = (2, A.shape[0], A.shape[1])
+    return slots.new_empty((slots.shape[0], 2)), slots.new_empty(shape, dtype=torch.float64)
+
+
 @_fake("reconstruct")
 def _(A: Tensor, Bt: Tensor, coefficients: Tensor | None, dtype: torch.dtype) -> Tensor:
     return A.new_empty((A.shape[0], Bt.shape[2], A.shape[2]), dtype=dtype)
@@ -273,20 +293,23 @@ def _(
     return None
 
 
-def _bumps_version(op: Any) -> Callable[..., None]:
-    """An op that mutates its first argument does not bump that tensor's version counter: autograd
-    would silently use an overwritten weight it had saved."""
+def _bumps_versions(op: Any, mutated: int) -> Callable[..., Any]:
+    """An op that mutates an argument does not bump its version counter: autograd would silently use an
+    overwritten weight that it had saved. The first `mutated` arguments are written to."""
 
-    def kernel(mutated: Tensor | list[Tensor], *args: Any) -> None:
+    def kernel(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            op(mutated, *args)
-        for tensor in [mutated] if isinstance(mutated, Tensor) else mutated:
-            if not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)
+            result = op(*args)
+        for argument in args[:mutated]:
+            for tensor in [argument] if isinstance(argument, Tensor) else argument:
+                if not tensor.is_inference():
+                    torch.autograd.graph.increment_version(tensor)
+        return result
 
     return kernel
 
 
 _versions: Any = torch.library.Library("fastagg", "IMPL", "ADInplaceOrView")  # type: ignore[no-untyped-call]
-_versions.impl("reconstruct_", _bumps_version(_ops.reconstruct_.default))
-_versions.impl("redistribute_", _bumps_version(_ops.redistribute_.default))
+_versions.impl("stack_", _bumps_versions(_ops.stack_.default, 2))
+_versions.impl("reconstruct_", _bumps_versions(_ops.reconstruct_.default, 1))
+_versions.impl("redistribute_", _bumps_versions(_ops.redistribute_.default, 1))

@@ -89,20 +89,6 @@ FASTAGG_VECTORIZE int64_t count_nonfinite(const float* data, int64_t count) {
   return bad;
 }
 
-constexpr int64_t kTile = 16;
-
-// A 16 x 16 tile through local arrays: with constant bounds the compiler keeps it in registers.
-FASTAGG_VECTORIZE void transpose_tiles(const float* in, int64_t rows, int64_t cols, float* out,
-                                       int64_t out_stride) {
-  for (int64_t r = 0; r + kTile <= rows; r += kTile)
-    for (int64_t c = 0; c + kTile <= cols; c += kTile)
-      for (int64_t j = 0; j < kTile; ++j) {
-        float* to = out + (c + j) * out_stride + r;
-        const float* from = in + r * cols + c + j;
-        for (int64_t i = 0; i < kTile; ++i) to[i] = from[i * cols];
-      }
-}
-
 }  // namespace
 
 void load(const void* from, DType dtype, int64_t count, float scale, float* to) {
@@ -148,15 +134,6 @@ Moments moments(const float* data, int64_t count) {
   result.sum_of_squares = sum_of_squares(data, count);
   if (!(result.sum_of_squares < __builtin_inf())) result.nonfinite = count_nonfinite(data, count);
   return result;
-}
-
-void transpose(const float* in, int64_t rows, int64_t cols, float* out, int64_t out_stride) {
-  const int64_t whole_rows = rows / kTile * kTile;
-  const int64_t whole_cols = cols / kTile * kTile;
-  transpose_tiles(in, rows, cols, out, out_stride);
-  for (int64_t c = 0; c < cols; ++c)
-    for (int64_t r = c < whole_cols ? whole_rows : 0; r < rows; ++r)
-      out[c * out_stride + r] = in[r * cols + c];
 }
 
 }  // namespace fastagg::cpu

@@ -20,9 +20,6 @@ struct Moments {
 };
 Moments moments(const float* data, int64_t count);
 
-// out (cols, rows) = in (rows, cols) transposed, both row-major; out rows are out_stride apart.
-void transpose(const float* in, int64_t rows, int64_t cols, float* out, int64_t out_stride);
-
 inline const char* at(const void* base, int64_t bytes) {
   return static_cast<const char*>(base) + bytes;
 }

@@ -2,18 +2,21 @@
 // slabs of a bucket in one pass that also scales, casts, transposes B, finds what is not finite and
 // sums the squares of each row.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "convert.h"
 #include "kernels.h"
 #include "runtime.h"
+#include "transpose.h"
 
 namespace fastagg::cpu {
 namespace {
 
 constexpr int64_t kBlock = 2048;       // elements of a row handled at a time
-constexpr int64_t kColumns = 256;      // rows of B transposed at a time
+constexpr int64_t kColumns = 64;       // rows of B transposed at a time: at rank 64, 16 KiB
 constexpr int64_t kColumnTask = 2048;  // rows of B in one task
+constexpr int64_t kCached = 8 << 20;   // bytes of a slab that caches may be expected to keep
 
 struct Task {
   int64_t slot;
@@ -26,7 +29,12 @@ class Stacker {
  public:
   Stacker(const void* const* flats, const StackSlot* slots, const double* scale,
           const StackOut& out)
-      : flats_(flats), slots_(slots), scale_(scale), out_(out), size_(element_size(out.dtype)) {}
+      : flats_(flats),
+        slots_(slots),
+        scale_(scale),
+        out_(out),
+        size_(element_size(out.dtype)),
+        stream_(out.modules * out.rows * out.m * size_ > kCached) {}
 
   // Rows [begin, end) of A: contiguous in the source and in the slab.
   int64_t copy_a(const Task& task) const {
@@ -49,36 +57,49 @@ class Stacker {
         nonfinite += found.nonfinite;
         sum += found.sum_of_squares;
         if (scale_) load(values, DType::Float32, length, scale, values);
-        if (values == block) store(block, length, to, out_.dtype);
+        if (values != block) continue;
+        if (slot.a_dtype == out_.dtype && !scale_)
+          memcpy(to, from, static_cast<size_t>(length * size_));
+        else
+          store(block, length, to, out_.dtype);
       }
       out_.sum_of_squares[target] = sum;
     }
     return nonfinite;
   }
 
-  // Rows [begin, end) of B become columns of Bt.
-  int64_t transpose_b(const Task& task, double* sums) const {
+  // Rows [begin, end) of B become columns of Bt. Returns whether any value is not finite.
+  bool transpose_b(const Task& task, double* sums) const {
     const StackSlot& slot = slots_[task.slot];
-    int64_t nonfinite = 0;
     const int64_t first = slot.module * out_.rows + slot.row;
+    const bool direct = out_.dtype == DType::Float32;
     Workspace<float> rows(kColumns * slot.rank);
-    Workspace<float> columns(kColumns * slot.rank);
+    Workspace<float> columns(direct ? 0 : kColumns * slot.rank);
     for (int64_t i = task.begin; i < task.end; i += kColumns) {
       const int64_t length = std::min(kColumns, task.end - i);
       load(at(flats_[slot.b_flat], slot.b_offset + i * slot.rank * element_size(slot.b_dtype)),
            slot.b_dtype, length * slot.rank, 1.0f, rows.get());
-      const bool direct = out_.dtype == DType::Float32;
       float* to = direct ? static_cast<float*>(out_.bt) + first * out_.m + i : columns.get();
-      const int64_t stride = direct ? out_.m : kColumns;
-      transpose(rows.get(), length, slot.rank, to, stride);
-      for (int64_t j = 0; j < slot.rank; ++j) {
-        const Moments found = moments(to + j * stride, length);
-        nonfinite += found.nonfinite;
-        sums[j] += found.sum_of_squares;
-        if (!direct)
-          store(to + j * stride, length, at(out_.bt, ((first + j) * out_.m + i) * size_),
-                out_.dtype);
-      }
+      transpose(rows.get(), length, slot.rank, to, direct ? out_.m : kColumns, stream_ && direct,
+                sums);
+      for (int64_t j = 0; !direct && j < slot.rank; ++j)
+        store(to + j * kColumns, length, at(out_.bt, ((first + j) * out_.m + i) * size_),
+              out_.dtype);
+    }
+    double total = 0;
+    for (int64_t j = 0; j < slot.rank; ++j) total += sums[j];
+    return !std::isfinite(total);
+  }
+
+  // How many values of the task's rows of B are not finite: counted only where a sum says so.
+  int64_t count_nonfinite_b(const Task& task) const {
+    const StackSlot& slot = slots_[task.slot];
+    int64_t nonfinite = 0;
+    Workspace<float> row(slot.rank);
+    for (int64_t i = task.begin; i < task.end; ++i) {
+      load(at(flats_[slot.b_flat], slot.b_offset + i * slot.rank * element_size(slot.b_dtype)),
+           slot.b_dtype, slot.rank, 1.0f, row.get());
+      nonfinite += moments(row.get(), slot.rank).nonfinite;
     }
     return nonfinite;
   }
@@ -97,6 +118,7 @@ class Stacker {
   const double* scale_;
   const StackOut& out_;
   int64_t size_;
+  bool stream_;
 };
 
 }  // namespace
