@@ -1,0 +1,46 @@
+# make demo   the main job on an embedded example        make test   linters, types and all tests
+# make bench  the measurements of the README             make clean  remove what these made
+#
+# Each makes a virtual environment under the checkout if there is none, and installs and builds only
+# what changed since. A plain `torch` would bring gigabytes of CUDA: TORCH names the one to install.
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+SOURCES := setup.py $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc python_tests/csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test lint bench build clean
+
+demo: build
+	$(BIN)/fastagg demo --out demo-out --force
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+bench: build
+	$(BIN)/python -m bench.run
+
+build: $(VENV)/built
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    "setuptools>=77" wheel ninja numpy "pybind11>=2.13"
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --no-build-isolation --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo-out *.egg-info fastagg/*.so
