@@ -171,18 +171,18 @@ def svd_of_dense(
 
 
 def fastest_route(m: int, n: int, rows: int, columns: int, power_iterations: int = 2) -> str:
-    """The route that a cost model expects to be fastest, by counted work.
+    """The route that a cost model expects to be fastest for R = `rows` and a sketch of l = `columns`.
 
-    Rates are relative to one fp32 multiply-add of a large product on a CPU (bench/routes.py measures
-    them): fp64 products cost 2, the small core's SVD and factorisations 30 a multiply-add.
+    Work is counted in fp32 multiply-adds of a large product; what an fp64 Gram matrix, the core's SVD
+    and the small factorisations cost in that unit was fitted to ``python -m bench.routes``.
     """
     length = m + n
+    core = min(rows, max(m, n))
     l = min(columns, m, n)  # noqa: E741 - the field's name for a sketch's columns
     passes = 2 * (power_iterations + 1)
-    # Symmetric Gram tiles: a little over half of the fp64 products.
-    gram = 1.5 * rows**2 * length
-    exact = gram + 30.0 * min(rows, max(m, n)) ** 3 / 2 + rows * columns * length
-    basis = (power_iterations + 2) * 4.0 * l**2 * length + 30.0 * l**3
+    gram = 0.7 * rows**2 * length  # |dW|_F^2 of a certificate costs the same two matrices
+    exact = gram + 9.0 * core**3 + 6.0 * rows**2 * core + rows * columns * length
+    basis = 4.0 * (power_iterations + 2) * l**2 * length + 30.0 * l**3
     randomized = gram + passes * rows * l * length + basis
     dense = m * n * rows + passes * l * m * n + basis
     costs = {"gram": exact, "randomized": randomized, "dense": dense}
