@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastagg.adapter import Adapter as Adapter
-    from fastagg.aggregate import Aggregate as Aggregate
-    from fastagg.aggregate import aggregate as aggregate
+    from fastagg.aggregation import Aggregate as Aggregate
     from fastagg.aggregator import Aggregator as Aggregator
     from fastagg.errors import FastAggError as FastAggError
     from fastagg.errors import InvalidInput as InvalidInput
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from fastagg.factors import reconstruct as reconstruct
     from fastagg.factors import stack as stack
     from fastagg.linalg import truncated_svd as truncated_svd
+    from fastagg.rounds import aggregate as aggregate
     from fastagg.update import ClientUpdate as ClientUpdate
 
 try:
@@ -31,13 +31,13 @@ except PackageNotFoundError:  # run from a source folder that was never installe
 
 _HOMES = {
     "Adapter": "adapter",
-    "Aggregate": "aggregate",
+    "Aggregate": "aggregation",
     "Aggregator": "aggregator",
     "ClientUpdate": "update",
     "FastAggError": "errors",
     "InvalidInput": "errors",
     "MemoryBudgetExceeded": "errors",
-    "aggregate": "aggregate",
+    "aggregate": "rounds",
     "reconstruct": "factors",
     "stack": "factors",
     "truncated_svd": "linalg",

@@ -1,0 +1,196 @@
+"""The means accumulator: running sums of the zero-padded factors themselves.
+
+Sums are float64: the numbers are few (the factors of the largest rank, once), a float32 sum would
+be the largest error of the whole method, and weights of any scale fit without care. A sum of
+float32 values in float64 is off by K 2^-53, so the factors that are handed out hardly ever depend
+on the order of arrival; equal bits are promised only for equal order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastagg.accumulators.blocks import Blocks
+from fastagg.accumulators.dense import shapes_of
+from fastagg.accumulators.source import Chunk
+from fastagg.accumulators.weights import check_totals
+from fastagg.accumulators.whole import SummedWhole, WholeSums
+from fastagg.budget import CHUNK_BYTES
+from fastagg.errors import InvalidInput
+from fastagg.plan import Bucket, WeightTotals, padded
+from fastagg.roster import Member, Roster
+
+__all__ = ["FactorSums", "MeanAccumulator", "MeanSource"]
+
+
+@dataclass
+class FactorSums:
+    """sum_k w_kj A_kj (L, r, n) and sum_k w_kj s_kj B_kj^T (L, r, m) of one block, float64.
+
+    r is the largest rank so far; ``ranks`` (L,) is each module's own.
+    """
+
+    a: torch.Tensor
+    bt: torch.Tensor
+    ranks: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both sums."""
+        return self.a.nbytes + self.bt.nbytes
+
+    def grow(self, rank: int) -> None:
+        """Pads the sums with zeros to ``rank`` rows."""
+        more = rank - self.a.shape[1]
+        if more > 0:
+            self.a = torch.nn.functional.pad(self.a, (0, 0, 0, more))
+            self.bt = torch.nn.functional.pad(self.bt, (0, 0, 0, more))
+
+
+class MeanAccumulator:
+    """Weighted sums of A and of s B for each module, padded with zero rows to the largest rank.
+
+    The scaling goes into B, so that clients of unlike scalings may be averaged; with one scaling
+    for all this is the plain average of the factors, times that scaling.
+    """
+
+    kind = "means"
+
+    def __init__(
+        self, device: torch.device, missing: str, fold_limit: int = CHUNK_BYTES
+    ) -> None:
+        self.device = device
+        self.blocks: Blocks[FactorSums] = Blocks(self._zeros, fold_limit)
+        self.totals = WeightTotals(missing)
+        self.whole = WholeSums()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(sums.nbytes for sums in self.blocks.sums) + self.whole.nbytes
+
+    def reserve(self, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Makes room for modules whose largest ranks are known, which saves growing later."""
+        self.blocks.make_room(dict(shapes))
+        for bucket, sums in zip(self.blocks.buckets, self.blocks.sums, strict=True):
+            sums.grow(max(ranks[module] for module in bucket.modules))
+
+    def growing_bytes(self, ranks: Mapping[str, int]) -> int:
+        """Bytes that growing to these ranks takes for a moment beside the sums themselves."""
+        return max(
+            (
+                max(sums.a.nbytes, sums.bt.nbytes)
+                for bucket, sums in zip(self.blocks.buckets, self.blocks.sums, strict=True)
+                if any(ranks[module] > sums.a.shape[1] for module in bucket.modules)
+            ),
+            default=0,
+        )
+
+    def add(self, members: Sequence[Member], flats: Sequence[torch.Tensor]) -> None:
+        """Adds the factors of some clients, one client after the other."""
+        for member, flat in zip(members, flats, strict=True):
+            self._add(member, flat.to(self.device))
+            self.totals.add(member)
+            self.whole.add(member, flat)
+
+    def merge(self, other: MeanAccumulator) -> None:
+        """Adds the sums of other clients; ``other`` stays as it is."""
+        for bucket, sums in zip(other.blocks.buckets, other.blocks.sums, strict=True):
+            self.blocks.make_room(dict.fromkeys(bucket.modules, (bucket.m, bucket.n)))
+            for place, module in enumerate(bucket.modules):
+                block, mine = self.blocks.index.where(module)
+                target, rank = self.blocks.sums[block], sums.ranks[place]
+                target.grow(rank)
+                target.ranks[mine] = max(target.ranks[mine], rank)
+                target.a[mine, :rank].add_(sums.a[place, :rank].to(self.device))
+                target.bt[mine, :rank].add_(sums.bt[place, :rank].to(self.device))
+        self.totals = self.totals.merged(other.totals)
+        self.whole.merge(other.whole)
+
+    def finish(self, roster: Roster, missing: str) -> MeanSource:
+        """The means.
+
+        Raises:
+            InvalidInput: weights that leave a module without an average.
+        """
+        check_totals(self.totals)
+        return MeanSource(self.blocks, self.totals, self.whole.finish())
+
+    def _add(self, member: Member, flat: torch.Tensor) -> None:
+        self.blocks.make_room(shapes_of(member.layout))
+        placed = self.blocks.index.placed(member.layout)
+        weights = dict(zip(placed.modules.tolist(), member.slot_weights.tolist(), strict=True))
+        weighted = member.slot_weights * placed.scalings
+        stacks = self.blocks.stacks([member], [flat], [weighted], torch.float32)
+        for block, lo, hi, chunk in stacks:
+            sums = self.blocks.sums[block]
+            rank = int(chunk.ranks.max())
+            sums.grow(rank)
+            sums.ranks[lo:hi] = np.maximum(sums.ranks[lo:hi], chunk.ranks).tolist()
+            of_a = [weights[self.blocks.index.number[name]] for name in chunk.modules]
+            assert chunk.coefficients is not None
+            of_b = chunk.coefficients[:, :1, None].to(self.device)
+            a, bt = chunk.factors
+            sums.a[lo:hi, :rank].add_(a[:, :rank].double().mul_(self._column(of_a)))
+            sums.bt[lo:hi, :rank].add_(bt[:, :rank].double().mul_(of_b))
+
+    def _column(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.device)[:, None, None]
+
+    def _zeros(self, bucket: Bucket) -> FactorSums:
+        count = len(bucket.modules)
+        a = torch.zeros(count, 0, bucket.n, dtype=torch.float64, device=self.device)
+        bt = torch.zeros(count, 0, bucket.m, dtype=torch.float64, device=self.device)
+        return FactorSums(a, bt, [0] * count)
+
+
+class MeanSource:
+    """The mean factors, as a stack of one client whose scaling is 1."""
+
+    kind = "means"
+
+    def __init__(
+        self, blocks: Blocks[FactorSums], totals: WeightTotals, whole: SummedWhole
+    ) -> None:
+        self.index = blocks.index
+        self.whole = whole
+        self._sums = blocks.sums
+        self._totals = totals
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(sums.nbytes for sums in self._sums) + self.whole.nbytes
+
+    def rows(self, bucket: int) -> list[int]:
+        """Rows of each module's slabs."""
+        return [self._rows(bucket)] * len(self.index.buckets[bucket].modules)
+
+    def load(self, bucket: int, lo: int, hi: int) -> Chunk:
+        """The mean factors of some modules in float32."""
+        shape, sums = self.index.buckets[bucket], self._sums[bucket]
+        modules = shape.modules[lo:hi]
+        totals = torch.tensor([self._totals.total[name] for name in modules], dtype=torch.float64)
+        divisor = totals.to(sums.a.device)[:, None, None]
+        padding = (0, 0, 0, self._rows(bucket) - sums.a.shape[1])
+        a, bt = (
+            torch.nn.functional.pad((total[lo:hi] / divisor).float(), padding)
+            for total in (sums.a, sums.bt)
+        )
+        return Chunk(modules, shape.m, shape.n, np.array(sums.ranks[lo:hi]), a, bt)
+
+    def stacked(self, bucket: int, lo: int, hi: int) -> Chunk:
+        """Refuses: only the sums were kept."""
+        raise InvalidInput(
+            "a method that averages the factors keeps their sums, so there is no stack",
+            field="method",
+            expected="flora or flexlora",
+            cure="Take .adapter(rank=..), or aggregate with method flora",
+        )
+
+    def _rows(self, bucket: int) -> int:
+        return padded(self._sums[bucket].a.shape[1])

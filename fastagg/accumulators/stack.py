@@ -1,0 +1,116 @@
+"""The stack accumulator: every client's factors as they came; exact, and it grows with the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fastagg.accumulators.source import Chunk, stack_part
+from fastagg.accumulators.weights import check_totals
+from fastagg.accumulators.whole import HeldWhole
+from fastagg.layout import Slot
+from fastagg.plan import ModuleIndex, WeightTotals, padded
+from fastagg.roster import Float64Array, Member, Roster, promoted
+
+__all__ = ["StackAccumulator", "StackSource"]
+
+
+class StackAccumulator:
+    """A copy of each client's flat buffer; nothing is computed before the end.
+
+    Sums are taken at the end, over the clients sorted by id: the result has the same bits whatever
+    the order of arrival. Memory: the bytes of the adapters.
+    """
+
+    kind = "stack"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flats: dict[str, torch.Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(flat.numel() for flat in self.flats.values())
+
+    def add(self, members: Sequence[Member], flats: Sequence[torch.Tensor]) -> None:
+        """Copies the clients' buffers."""
+        for member, flat in zip(members, flats, strict=True):
+            self.flats[member.client] = flat.to(self.device, copy=True)
+
+    def finish(self, roster: Roster, missing: str) -> StackSource:
+        """The aggregate of the roster's members.
+
+        Raises:
+            InvalidInput: weights that leave a module without an average.
+        """
+        members = roster.sorted()
+        totals = WeightTotals(missing)
+        for member in members:
+            totals.add(member)
+        check_totals(totals)
+        slots = {module: slot for module, (slot, _) in roster.slots.items()}
+        return StackSource(members, self.flats, slots, totals)
+
+
+class StackSource:
+    """The stack of all clients, built from their buffers some modules at a time."""
+
+    kind = "stack"
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        flats: dict[str, torch.Tensor],
+        slots: dict[str, Slot],
+        totals: WeightTotals,
+    ) -> None:
+        self.index = ModuleIndex.of({name: (slot.m, slot.n) for name, slot in slots.items()})
+        self._members = members
+        self._clients = [member.client for member in members]
+        self._flats = [flats[client] for client in self._clients]
+        self._plans = self.index.plan(
+            [member.layout for member in members],
+            [self._scales(member, totals) for member in members],
+        )
+        self._dtypes = [self._common_dtype(bucket.modules) for bucket in self.index.buckets]
+        self.whole = HeldWhole(members, flats)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(flat.numel() for flat in self._flats)
+
+    def rows(self, bucket: int) -> list[int]:
+        """Rows of each module's slabs."""
+        return [padded(rank) for rank in self._plans[bucket].ranks.tolist()]
+
+    def load(self, bucket: int, lo: int, hi: int) -> Chunk:
+        """The stack of some modules, in the factors' own dtype, its coefficients beside it."""
+        return stack_part(
+            self._plans[bucket], lo, hi, self._flats, self._dtypes[bucket], self._clients
+        )
+
+    def stacked(self, bucket: int, lo: int, hi: int) -> Chunk:
+        """The stack of some modules with the coefficients multiplied into A, in float32."""
+        return stack_part(
+            self._plans[bucket], lo, hi, self._flats, torch.float32, self._clients, scaled=True
+        )
+
+    def _scales(self, member: Member, totals: WeightTotals) -> Float64Array:
+        divisors = [totals.total[slot.module] for slot in member.layout.slots]
+        shares: Float64Array = member.slot_weights / np.array(divisors)
+        return shares * self.index.placed(member.layout).scalings
+
+    def _common_dtype(self, modules: Sequence[str]) -> torch.dtype:
+        names = frozenset(modules)
+        distinct = {member.layout.digest: member.layout for member in self._members}
+        return promoted(
+            span.dtype
+            for layout in distinct.values()
+            for slot in layout.slots
+            if slot.module in names
+            for span in (slot.a, slot.b)
+        )

@@ -1,0 +1,156 @@
+"""Weighted averages of whole tensors: modules_to_save, and what PEFT saves beside the factors.
+
+A client that lacks such a tensor has left the base model's own in place, which the server does not
+know: the weights are renormalised over the clients that have it, whatever ``missing`` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from fastagg.accumulators.weights import WeightUnit
+from fastagg.errors import InvalidInput
+from fastagg.layout import TensorSpan
+from fastagg.roster import Member
+
+__all__ = ["HeldWhole", "SummedWhole", "WholeSums"]
+
+# Elements averaged at a time; also the largest tensor whose running sum is kept in float64.
+BLOCK = 1 << 20
+
+
+def elements(flat: torch.Tensor, span: TensorSpan, begin: int, end: int) -> torch.Tensor:
+    """Elements begin .. end - 1 of a flattened tensor of a flat buffer."""
+    size = span.dtype.itemsize
+    return flat[span.offset + begin * size : span.offset + end * size].view(span.dtype)
+
+
+class HeldWhole:
+    """Averages of tensors of which every client's own is held: in the order of the members' ids."""
+
+    def __init__(self, members: Sequence[Member], flats: Mapping[str, torch.Tensor]) -> None:
+        self._holders: dict[str, list[tuple[Member, TensorSpan]]] = {}
+        self._flats = flats
+        for member in members:
+            for span in member.layout.whole:
+                self._holders.setdefault(span.key, []).append((member, span))
+        for key, holders in self._holders.items():
+            _check_total(key, sum(member.weight for member, _ in holders))
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(sorted(self._holders))
+
+    def blocks(self, key: str) -> Iterator[tuple[int, int, torch.Tensor]]:
+        holders = self._holders[key]
+        weights = np.array([member.weight for member, _ in holders])
+        shares = (weights / weights.max()) / (weights / weights.max()).sum()
+        count = holders[0][1].count
+        for begin in range(0, count, BLOCK):
+            end = min(begin + BLOCK, count)
+            total = torch.zeros(end - begin, dtype=torch.float64)
+            for (member, span), share in zip(holders, shares, strict=True):
+                values = elements(self._flats[member.client], span, begin, end)
+                total.add_(values.cpu().double(), alpha=float(share))
+            yield begin, end, total
+
+
+class WholeSums:
+    """Running weighted sums; float64 for small tensors, float32 for those that would cost memory."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.totals: dict[str, float] = {}
+        self.unit = WeightUnit()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums."""
+        return sum(value.nbytes for value in self.sums.values())
+
+    @staticmethod
+    def bytes_for(spans: Sequence[TensorSpan]) -> int:
+        """Bytes that the sums of these tensors take."""
+        return sum(span.count * _dtype_for(span.count).itemsize for span in spans)
+
+    def add(self, member: Member, flat: torch.Tensor) -> None:
+        """Adds one client's tensors."""
+        self._rescale(self.unit.admit(member.weight))
+        weight = self.unit.of(member.weight)
+        for span in member.layout.whole:
+            if span.key not in self.sums:
+                self.sums[span.key] = torch.zeros(span.count, dtype=_dtype_for(span.count))
+                self.totals[span.key] = 0.0
+            sums = self.sums[span.key]
+            for begin in range(0, span.count, BLOCK):
+                end = min(begin + BLOCK, span.count)
+                values = elements(flat, span, begin, end).cpu()
+                sums[begin:end].add_(values.to(sums.dtype), alpha=weight)
+            self.totals[span.key] += member.weight
+
+    def merge(self, other: WholeSums) -> None:
+        """Adds the sums of other clients."""
+        own, ratio = self.unit.join(other.unit)
+        self._rescale(own)
+        for key, sums in other.sums.items():
+            if key in self.sums:
+                self.sums[key].add_(sums, alpha=ratio)
+            else:
+                self.sums[key] = sums * ratio
+            self.totals[key] = self.totals.get(key, 0.0) + other.totals[key]
+
+    def finish(self) -> SummedWhole:
+        """The averages.
+
+        Raises:
+            InvalidInput: a tensor whose clients all have the weight 0.
+        """
+        for key, total in self.totals.items():
+            _check_total(key, total)
+        return SummedWhole(self)
+
+    def _rescale(self, factor: float) -> None:
+        if factor != 1.0:
+            for sums in self.sums.values():
+                sums.mul_(factor)
+
+
+class SummedWhole:
+    """Averages out of running sums."""
+
+    def __init__(self, sums: WholeSums) -> None:
+        self._sums = sums
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums."""
+        return self._sums.nbytes
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(sorted(self._sums.sums))
+
+    def blocks(self, key: str) -> Iterator[tuple[int, int, torch.Tensor]]:
+        sums = self._sums.sums[key]
+        total = self._sums.unit.of(self._sums.totals[key])
+        for begin in range(0, sums.numel(), BLOCK):
+            end = min(begin + BLOCK, sums.numel())
+            yield begin, end, sums[begin:end].double() / total
+
+
+def _dtype_for(count: int) -> torch.dtype:
+    return torch.float64 if count <= BLOCK else torch.float32
+
+
+def _check_total(key: str, total: float) -> None:
+    if not total > 0:
+        raise InvalidInput(
+            "every client that has this tensor has the weight 0",
+            field=key,
+            expected="a client of weight above 0",
+            got="0 in sum",
+            cure="Give such a client a weight, or leave those clients out",
+        )

@@ -1,0 +1,373 @@
+"""The result of a round, handed out lazily: adapters, the stack, dW, merged weights, folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastagg.accumulators import Source
+from fastagg.adapter import Adapter
+from fastagg.budget import PeakMemory, require, work_bytes
+from fastagg.errors import InvalidInput
+from fastagg.handout import ClientStack, Handout, Settings
+from fastagg.handout_folder import CLIENTS_NAME, REPORT_NAME, handout_folder
+from fastagg.handout_sink import MemorySink
+from fastagg.handout_target import (
+    Target,
+    all_ranks,
+    check_ranks,
+    for_client,
+    for_rank,
+    for_stack,
+    per_signature,
+)
+from fastagg.handout_writer import HandoutWriter, Progress
+from fastagg.layout import Slot
+from fastagg.method import Method
+from fastagg.report import ClientReport, ModuleReport, Report, SkippedClient, Stopwatch
+from fastagg.roster import Roster
+
+if TYPE_CHECKING:
+    from fastagg.checkpoint import Change
+
+__all__ = ["Aggregate", "HandoutOptions"]
+
+
+@dataclass(frozen=True)
+class HandoutOptions:
+    """What an Aggregator passes on to its Aggregate; see there."""
+
+    missing: str
+    settings: Settings
+    dtype: torch.dtype | None
+    max_memory: int | None
+
+
+class Aggregate:
+    """What a round of clients adds up to; made by :meth:`fastagg.Aggregator.finalize`.
+
+    Everything is computed when it is asked for, some modules at a time. ``dW`` is the method's own
+    aggregate: the exact sum_k p_k s_k B_k A_k for flora and flexlora, the product of the averaged
+    factors for fedit, zeropad and hetlora.
+
+    Attributes:
+        method: the method.
+        skipped: clients that were left out before, for the report.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        roster: Roster,
+        method: Method,
+        options: HandoutOptions,
+        watch: Stopwatch,
+        peak: PeakMemory,
+    ) -> None:
+        self.method = method
+        self._source = source
+        self._roster = roster
+        self._options = options
+        self._watch = watch
+        self._peak = peak
+        self._clients = {
+            member.client: ClientReport(
+                member.client, member.weight, member.rank, member.layout.nbytes
+            )
+            for member in roster.sorted()
+        }
+        self.skipped: list[SkippedClient] = []
+        self._modules = _module_reports(roster)
+        self._bytes_written = 0
+        self._writer = self._new_writer(method.handout, self._modules)
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """The ids of the clients, sorted."""
+        return tuple(self._clients)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of the modules, sorted."""
+        return tuple(sorted(self._modules))
+
+    @property
+    def base_effect(self) -> str:
+        """What the method's hand-out does to the base weights, in a sentence."""
+        return self.method.handout.base_effect
+
+    def adapter(self, rank: int | None = None, *, client: str | None = None) -> Adapter:
+        """What a client is handed.
+
+        Args:
+            rank: an adapter of this rank for all modules, its scaling the clients' where they
+                agree on it and else 1.
+            client: the adapter of this client: its own keys, ranks, scalings, configuration and
+                dtypes. For flora, whose clients all get the stack, that is :meth:`stacked`.
+
+        The decomposition is computed at the first call, for the largest rank of all clients, and
+        kept: later calls only write their adapter.
+
+        Raises:
+            InvalidInput: neither or both are given, no such client, or a rank that the method does
+                not hand out.
+            MemoryBudgetExceeded: the adapter does not fit into max_memory.
+        """
+        if (rank is None) == (client is None):
+            raise InvalidInput(
+                "which adapter?",
+                field="rank" if rank is None else "rank, client",
+                expected="either a rank or a client",
+                got="neither" if rank is None else "both",
+            )
+        if rank is not None:
+            (rank,) = check_ranks([rank])
+            self.method.handout.check_rank(rank, self._largest_rank)
+            return self._in_memory(self._writer, for_rank(self._roster, rank, self._options.dtype))
+        member = self._roster.members.get(client or "")
+        if member is None:
+            raise InvalidInput(
+                "no such client in this round",
+                client=str(client),
+                expected=f"one of {len(self._clients)}: {', '.join(list(self._clients)[:5])}",
+            )
+        if not self.method.handout.ranked:
+            return self.stacked()
+        return self._in_memory(self._writer, for_client(member, self._options.dtype))
+
+    def stacked(self) -> Adapter:
+        """FLoRA's stack of all clients as one adapter of rank sum r_k and scaling 1: exactly dW.
+
+        The shares and scalings are multiplied into A, so the dtype is float32 unless the Aggregator
+        was given one: in bfloat16 the products would be rounded.
+
+        Raises:
+            InvalidInput: the accumulator did not keep the factors.
+            MemoryBudgetExceeded: the stack does not fit into max_memory.
+        """
+        writer = self._writer
+        if self.method.handout.ranked:
+            # The report speaks of the method's own hand-out: this one goes unreported.
+            writer = self._new_writer(ClientStack(), _module_reports(self._roster))
+        return self._in_memory(writer, self._stack_target())
+
+    def delta(self, module: str) -> torch.Tensor:
+        """dW of one module: float32, in the shape of the base weight, on the CPU.
+
+        Raises:
+            InvalidInput: no such module.
+        """
+        slot = self._slot(module)
+        matrix = torch.zeros(slot.m, slot.n, dtype=torch.float32)
+        self.add_delta(module, matrix)
+        return (matrix.t() if slot.transposed else matrix).reshape(slot.weight_shape)
+
+    def add_delta(self, module: str, matrix: torch.Tensor, *, transposed: bool = False) -> None:
+        """Adds dW of one module into an (m, n) matrix in place, or dW^T into an (n, m) one.
+
+        The matrix may be float32, bfloat16, float16 or float64; the sum is rounded once.
+        """
+        self._slot(module)
+        bucket, place = self._source.index.where(module)
+        chunk = self._source.load(bucket, place, place + 1)
+        with torch.no_grad():
+            chunk.add_to(0, matrix, transposed=transposed)
+
+    def merge_into(self, base: torch.nn.Module | Mapping[str, torch.Tensor]) -> None:
+        """W += dW in place, for every module; whole tensors (modules_to_save) are replaced.
+
+        Args:
+            base: a model, plain or wrapped by PEFT, or its weights by parameter name.
+
+        Weights of float32, bfloat16, float16 and float64; sums are taken in float32 or better and
+        rounded once. All shapes are checked before any weight is changed.
+
+        Raises:
+            InvalidInput: a module that the base lacks, another shape, a quantised weight, or
+                adapters whose initialisation moved a part of the base weights into them.
+        """
+        from fastagg.base_weights import add_to_base
+
+        self._check_base_unchanged()
+        slots = [slot for slot, _ in self._roster.slots.values()]
+        whole = [span for span, _ in self._roster.whole.values()]
+        add_to_base(base, self._writer, slots, whole)
+
+    def change(self) -> Change:
+        """What :func:`fastagg.checkpoint.merge_into_checkpoint` takes: deltas read as they merge."""
+        from fastagg.base_weights import as_change
+
+        self._check_base_unchanged()
+        slots = [slot for slot, _ in self._roster.slots.values()]
+        return as_change(self.method.name, self.add_delta, slots, self._whole_tensors())
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        ranks: Iterable[int] | None = None,
+        *,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Writes the hand-outs as folders that PEFT loads: all of it, or nothing.
+
+        ``rank-16/`` and the like, one for each distinct set of ranks, scalings, dtypes and modules
+        among the clients (flora: ``stacked/``); ``clients.json`` maps client to folder;
+        ``report.json`` is the report. Numbers go from the decomposition straight into the mapped
+        files: the memory needed is that of some modules, whatever the sizes.
+
+        Args:
+            ranks: hand out these ranks instead of the clients' own; each client gets the largest
+                that is not above its own largest, else the smallest.
+            force: replace the folder where it exists.
+            progress: called with modules done, modules in all, and the last module's name.
+
+        Raises:
+            InvalidInput: the folder exists, or ranks that the method does not hand out.
+            MemoryBudgetExceeded: not even one module fits into max_memory beside the accumulator.
+        """
+        targets = self._targets(ranks)
+        require(
+            self._source.nbytes + self._writer.workspace_bytes(targets),
+            self._options.max_memory,
+            "handing out one batch of modules",
+            "Raise max_memory",
+        )
+        with ExitStack() as opened:
+            with self._watch.stage("write"):
+                out = opened.enter_context(handout_folder(folder, targets, force=force))
+            self._writer.write(targets, out.sinks, progress=progress)
+            with self._watch.stage("write"):
+                out.commit()
+                places = {client: target.name for target in targets for client in target.clients}
+                out.write_json(CLIENTS_NAME, {client: places[client] for client in self._clients})
+            self._bytes_written += out.bytes_written
+            for target in targets:
+                for client in target.clients:
+                    self._clients[client].handout = target.name
+                    self._clients[client].handout_bytes = target.layout.nbytes
+            self._peak.sample()
+            out.write_json(REPORT_NAME, self.report.to_dict())
+
+    @property
+    def report(self) -> Report:
+        """What was done so far; figures of the hand-outs are there once something was handed out."""
+        return Report(
+            method=self.method.name,
+            accumulator=self._source.kind,
+            missing=self._options.missing,
+            base_effect=self.base_effect,
+            clients=list(self._clients.values()),
+            modules=[self._modules[module] for module in self.modules],
+            whole_tensors=sorted(self._roster.whole),
+            skipped=list(self.skipped),
+            seconds=dict(self._watch.seconds),
+            bytes_read=sum(client.bytes for client in self._clients.values()),
+            bytes_written=self._bytes_written,
+            peak_memory=self._peak.bytes,
+            peak_memory_of=self._peak.measure,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Aggregate({self.method.name}, {len(self._clients)} clients, "
+            f"{len(self._modules)} modules, {self._source.kind})"
+        )
+
+    @property
+    def _largest_rank(self) -> int:
+        return max(client.rank for client in self._clients.values())
+
+    def _slot(self, module: str) -> Slot:
+        if module not in self._roster.slots:
+            raise InvalidInput(
+                "no client has this module",
+                module=module,
+                expected=f"one of {len(self._modules)}, such as {self.modules[0]}",
+            )
+        return self._roster.slots[module][0]
+
+    def _new_writer(
+        self, handout: Handout, modules: dict[str, ModuleReport]
+    ) -> HandoutWriter:
+        limit = work_bytes()
+        if self._options.max_memory is not None:
+            limit = max(1, min(limit, self._options.max_memory - self._source.nbytes))
+        return HandoutWriter(
+            self._source,
+            handout,
+            self._options.settings,
+            self._roster.sizes,
+            modules,
+            self._watch,
+            self._peak,
+            limit,
+        )
+
+    def _stack_target(self) -> Target:
+        ranks = {module: entry.rank_sum for module, entry in self._modules.items()}
+        return for_stack(self._roster, ranks, self._options.dtype)
+
+    def _targets(self, ranks: Iterable[int] | None) -> list[Target]:
+        if ranks is not None:
+            listed = check_ranks(ranks)
+            for rank in listed:
+                self.method.handout.check_rank(rank, self._largest_rank)
+            return all_ranks(self._roster, listed, self._options.dtype)
+        if not self.method.handout.ranked:
+            return [self._stack_target()]
+        return per_signature(self._roster, self._options.dtype)
+
+    def _in_memory(self, writer: HandoutWriter, target: Target) -> Adapter:
+        held = self._source.nbytes + target.layout.nbytes
+        needed = held + writer.workspace_bytes([target])
+        with_factors = needed + writer.factors_bytes([target])
+        require(
+            needed,
+            self._options.max_memory,
+            f"the adapter {target.name!r} in memory",
+            "Raise max_memory, or write it with .save(folder), which streams",
+        )
+        budget = self._options.max_memory
+        keep = writer.handout.ranked and (budget is None or with_factors <= budget)
+        sink = MemorySink(target.layout.nbytes)
+        writer.write([target], [sink], keep=keep)
+        return Adapter.from_flat(sink.flat, target.layout, target.config, name=target.name)
+
+    def _whole_tensors(self) -> dict[str, torch.Tensor]:
+        averages = {}
+        for key, (span, _) in self._roster.whole.items():
+            flat = torch.empty(span.count, dtype=span.dtype)
+            for begin, end, values in self._source.whole.blocks(key):
+                flat[begin:end].copy_(values)
+            averages[key] = flat.view(span.shape)
+        return averages
+
+    def _check_base_unchanged(self) -> None:
+        changed = self._roster.changes_base
+        if changed is not None:
+            raise InvalidInput(
+                "the initialisation moved a part of the base weights into the adapters, which the "
+                "base model still has",
+                field="init_lora_weights",
+                got=changed,
+                cure="Convert the adapters to plain LoRA first: "
+                "save_pretrained(path_initial_model_for_weight_conversion=...)",
+            )
+
+
+def _module_reports(roster: Roster) -> dict[str, ModuleReport]:
+    reports = {
+        module: ModuleReport(module, slot.weight_shape, 0, 0)
+        for module, (slot, _) in roster.slots.items()
+    }
+    for member in roster.members.values():
+        for slot in member.layout.slots:
+            reports[slot.module].clients += 1
+            reports[slot.module].rank_sum += slot.rank
+    return reports

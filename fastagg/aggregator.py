@@ -1,0 +1,344 @@
+"""Streaming aggregation: clients are folded in one by one, all of each or nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastagg import methods
+from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumulator
+from fastagg.aggregation import Aggregate, HandoutOptions
+from fastagg.budget import PeakMemory, parse_bytes
+from fastagg.config import AdapterConfig
+from fastagg.errors import FastAggError, InvalidInput
+from fastagg.handout import Settings
+from fastagg.layout import Layout
+from fastagg.memory_plan import Accumulator, MemoryPlan
+from fastagg.method import Method
+from fastagg.options import check_choice, parse_device, parse_dtype
+from fastagg.report import Stopwatch
+from fastagg.roster import Member, Roster
+from fastagg.update import ClientUpdate
+
+__all__ = ["Aggregator"]
+
+_ROUTES = ("auto", "gram", "qr", "randomized", "dense")
+
+
+class Aggregator:
+    """Folds clients' adapters into an accumulator, and hands the aggregate over at the end.
+
+    Args:
+        method: the name of a published method, one of :func:`fastagg.methods.names`, or a Method.
+        max_memory: what accumulator and workspace may take: bytes, or a text such as "8GiB".
+        missing: what a module counts for that a client lacks: "renormalise" divides by the weights
+            of the clients that have it, "zero" counts the others with an update of zero.
+        accumulator: "stack" keeps the adapters: bits do not depend on the order of arrival, memory
+            grows with the clients. "dense" keeps dW: m n float32 for each module whatever the
+            number of clients; the order of arrival matters in the last bits. "auto" begins with
+            the stack and changes to dense once that is smaller, or while max_memory still lets it.
+        route: how dW is decomposed: "gram", "qr", "randomized", "dense" or "auto".
+        device: "cpu", "cuda", or "auto": cuda where a GPU and the CUDA kernels are there.
+        dtype: of what is handed out; None is each client's own.
+        seed: of the randomized decomposition.
+
+    An Aggregator is not for several threads at once; aggregators of several threads or processes
+    are joined by :meth:`merge`.
+
+    Raises:
+        InvalidInput: an option that does not exist or that the method cannot be run with.
+    """
+
+    _accumulator: Accumulator
+
+    def __init__(
+        self,
+        method: str | Method = "flexlora",
+        *,
+        max_memory: int | str | None = None,
+        missing: str = "renormalise",
+        accumulator: str = "auto",
+        route: str = "auto",
+        device: str = "auto",
+        dtype: torch.dtype | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.method = methods.get(method)
+        self.missing = check_choice("missing", missing, ("renormalise", "zero"))
+        self.accumulator = check_choice("accumulator", accumulator, ("auto", "stack", "dense"))
+        self.route = check_choice("route", route, _ROUTES)
+        self.device = parse_device(device)
+        self.dtype = parse_dtype(dtype)
+        self.max_memory = parse_bytes(max_memory)
+        self.seed = int(seed)
+        self._check_accumulator()
+        self._reset()
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """The ids of the clients folded in, sorted."""
+        return tuple(sorted(self._roster.members))
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the accumulator holds."""
+        return self._accumulator.nbytes
+
+    @property
+    def accumulator_kind(self) -> str:
+        """The accumulator in use: "stack", "dense" or "means"."""
+        return self._accumulator.kind
+
+    def add(self, update: ClientUpdate | str | os.PathLike[str]) -> None:
+        """Validates a client's whole update, then folds it in: all of it or nothing.
+
+        Args:
+            update: the update, or an adapter folder, which counts 1 under the folder's name.
+
+        Raises:
+            InvalidInput: the update, or that it does not fit to those of the other clients.
+            MemoryBudgetExceeded: it does not fit into max_memory; the error says what would.
+        """
+        self._check_usable()
+        update = self._loaded(update)
+        adapter, client = update.adapter, update.client_id
+        with self._watch.stage("validate"):
+            self._roster.check(client, adapter.layout, adapter.config)
+            update.validate()
+            weights = self.method.weights.slot_weights(
+                client, update.weight, adapter.layout, adapter.flat
+            )
+        absent = self.method.weights.absent_weight(update.weight)
+        member = Member(client, update.weight, adapter.layout, adapter.config, weights, absent)
+        with self._watch.stage("fold"):
+            self._make_room([member])
+            self._changing(lambda: self._accumulator.add([member], [adapter.flat]))
+        self._roster.admit(member)
+        self._peak.sample()
+
+    def plan_for(self, clients: Iterable[tuple[str, Layout, AdapterConfig]]) -> tuple[str, int]:
+        """What a round of these clients would need, by their headers; nothing is changed.
+
+        Args:
+            clients: (client id, layout, config) of each.
+
+        Returns:
+            The accumulator, "stack", "dense" or "auto" (where the method has only one), and the
+            bytes that it and the work beside it take.
+
+        Raises:
+            InvalidInput: the clients do not fit together.
+            MemoryBudgetExceeded: the round does not fit into max_memory.
+        """
+        return self._plan.choose(self._roster_of(clients))
+
+    def expect(self, clients: Iterable[tuple[str, Layout, AdapterConfig]]) -> None:
+        """Settles the accumulator for a round whose clients are all known, before the first.
+
+        Raises:
+            InvalidInput: the clients do not fit together, or some were added already.
+            MemoryBudgetExceeded: the round does not fit into max_memory.
+        """
+        if self._roster.members:
+            raise InvalidInput(
+                "the round has begun",
+                expected="an aggregator without clients",
+                got=f"{len(self._roster)} clients",
+            )
+        roster = self._roster_of(clients)
+        accumulator, _ = self._plan.choose(roster)
+        self._reset(accumulator)
+        if isinstance(self._accumulator, MeanAccumulator):
+            sizes = roster.sizes
+            self._accumulator.reserve(
+                {module: size.width for module, size in sizes.items()},
+                {module: (size.m, size.n) for module, size in sizes.items()},
+            )
+
+    def merge(self, other: Aggregator) -> None:
+        """Adds all clients of another aggregator, which stays as it is: a tree of servers.
+
+        Raises:
+            InvalidInput: another method or other options, a client that both have, or clients that
+                do not fit together; nothing is changed then.
+            MemoryBudgetExceeded: both together do not fit into max_memory.
+        """
+        self._check_usable()
+        other._check_usable()
+        self._check_like(other)
+        members = other._roster.sorted()
+        for member in members:
+            self._roster.check(member.client, member.layout, member.config)
+        if not members:
+            return
+        with self._watch.stage("fold"):
+            self._make_room(members, other._accumulator)
+            self._changing(lambda: self._join(other._accumulator, members))
+        for member in members:
+            self._roster.admit(member)
+        self._peak.sample()
+
+    def finalize(self) -> Aggregate:
+        """Hands the round over; the aggregator is empty then and ready for the next.
+
+        Raises:
+            InvalidInput: no client was added, or the weights leave a module without an average; the
+                aggregator keeps its clients then.
+        """
+        self._check_usable()
+        if not self._roster.members:
+            raise InvalidInput(
+                "there is nothing to aggregate",
+                expected="at least one client",
+                got="none",
+                cure="Add a client's update first",
+            )
+        with self._watch.stage("fold"):
+            source = self._accumulator.finish(self._roster, self.missing)
+        options = HandoutOptions(
+            self.missing, Settings(self.route, self.seed), self.dtype, self.max_memory
+        )
+        result = Aggregate(source, self._roster, self.method, options, self._watch, self._peak)
+        self._reset()
+        return result
+
+    def state_dict(self) -> dict[str, torch.Tensor | str]:
+        """Everything that the round holds so far, to be saved by torch.save or safetensors.
+
+        A flat dictionary of tensors and one JSON text. Sums are copied, since later clients change
+        them; the clients' buffers, which never change, are not.
+        """
+        from fastagg.round_state import dump
+
+        self._check_usable()
+        return dump(self.method.name, self.missing, self._roster, self._accumulator)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues a round that was saved: what follows has the bits that it would have had.
+
+        Raises:
+            InvalidInput: not such a state, a damaged one, or one of another method or another
+                ``missing``; nothing is changed then.
+        """
+        from fastagg.round_state import load
+
+        roster = self._new_roster()
+        accumulator = load(
+            state, self.method, self.missing, roster, self.device, self._plan.fold_limit
+        )
+        self._reset()
+        self._roster = roster
+        self._accumulator = accumulator
+
+    def __repr__(self) -> str:
+        return (
+            f"Aggregator({self.method.name}, {len(self._roster)} clients, "
+            f"{self._accumulator.kind}, {self.memory} bytes)"
+        )
+
+    def _reset(self, mode: str | None = None) -> None:
+        settings = Settings(self.route, self.seed)
+        self._plan = MemoryPlan(self.method, settings, self.max_memory, mode or self.accumulator)
+        self._roster = self._new_roster()
+        self._accumulator = StackAccumulator(self.device)
+        if "means" in self.method.accumulators:
+            self._accumulator = MeanAccumulator(self.device, self.missing, self._plan.fold_limit)
+        elif self._plan.mode == "dense":
+            self._accumulator = self._empty_dense()
+        self._watch = Stopwatch()
+        self._peak = PeakMemory()
+        self._interrupted: str | None = None
+
+    def _new_roster(self) -> Roster:
+        return Roster(equal_ranks=self.method.equal_ranks, method=self.method.name)
+
+    def _roster_of(self, clients: Iterable[tuple[str, Layout, AdapterConfig]]) -> Roster:
+        roster = self._new_roster()
+        nothing = np.zeros(0)
+        for client, layout, config in clients:
+            roster.check(client, layout, config)
+            roster.admit(Member(client, 0.0, layout, config, nothing, 0.0))
+        return roster
+
+    def _empty_dense(self) -> DenseAccumulator:
+        return DenseAccumulator(self.device, self.missing, self._plan.fold_limit)
+
+    def _make_room(self, members: Sequence[Member], joined: Accumulator | None = None) -> None:
+        layouts = [member.layout for member in members]
+        if self._plan.turns_dense(self._roster, self._accumulator, layouts, joined):
+            assert isinstance(self._accumulator, StackAccumulator)
+            held = self._roster.sorted()
+            dense = self._empty_dense()
+            dense.add(held, [self._accumulator.flats[member.client] for member in held])
+            self._accumulator = dense
+
+    def _join(self, theirs: Accumulator, members: Sequence[Member]) -> None:
+        ours = self._accumulator
+        if isinstance(theirs, StackAccumulator):
+            ours.add(members, [theirs.flats[member.client] for member in members])
+        elif isinstance(theirs, DenseAccumulator):
+            assert isinstance(ours, DenseAccumulator)
+            ours.merge(theirs)
+        else:
+            assert isinstance(ours, MeanAccumulator)
+            ours.merge(theirs)
+
+    def _changing(self, change: Callable[[], None]) -> None:
+        """Runs a change of the accumulator that, once begun, must not stop half way."""
+        try:
+            change()
+        except BaseException as error:
+            if not isinstance(self._accumulator, StackAccumulator):
+                self._interrupted = type(error).__name__
+            raise
+
+    def _check_usable(self) -> None:
+        if self._interrupted is not None:
+            raise FastAggError(
+                f"an update was interrupted ({self._interrupted}) while it was being added to the "
+                "sums, which are worth nothing now. Load a saved state, or start the round again"
+            )
+
+    def _check_accumulator(self) -> None:
+        if self.accumulator == "auto" or self.accumulator in self.method.accumulators:
+            return
+        reasons: dict[tuple[str, ...], str] = {
+            ("stack",): "it hands out the clients' own factors, which dW does not keep",
+            ("means",): "it averages the factors, for which running sums are enough",
+        }
+        raise InvalidInput(
+            f"method {self.method.name} cannot use this accumulator: "
+            f"{reasons.get(self.method.accumulators, 'it keeps another state')}",
+            field="accumulator",
+            expected="'auto'" if self.method.accumulators == ("means",) else "'auto' or 'stack'",
+            got=repr(self.accumulator),
+        )
+
+    def _check_like(self, other: Aggregator) -> None:
+        for field in ("method", "missing", "accumulator", "route", "dtype", "seed"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                raise InvalidInput(
+                    "only aggregators with the same options can be merged",
+                    field=field,
+                    expected=getattr(mine, "name", mine),
+                    got=getattr(theirs, "name", theirs),
+                )
+
+    def _loaded(self, update: ClientUpdate | str | os.PathLike[str]) -> ClientUpdate:
+        if isinstance(update, ClientUpdate):
+            return update
+        if not isinstance(update, (str, os.PathLike)):
+            raise InvalidInput(
+                "not an update",
+                field="update",
+                expected="a ClientUpdate or an adapter folder",
+                got=type(update).__name__,
+                cure="Wrap an Adapter: ClientUpdate(adapter, weight=.., client_id=..)",
+            )
+        with self._watch.stage("read"):
+            return ClientUpdate.load(update)

@@ -1,0 +1,74 @@
+"""Hand-outs on disk: a folder of adapters that PEFT loads, written completely or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastagg.adapter_folder import WEIGHTS_NAME, new_folder, write_synced
+from fastagg.config import CONFIG_NAME
+from fastagg.handout_sink import FileSink
+from fastagg.handout_target import Target
+from fastagg.output_folder import check_free, check_room
+
+__all__ = ["CLIENTS_NAME", "REPORT_NAME", "HandoutFolder", "handout_folder"]
+
+CLIENTS_NAME = "clients.json"
+REPORT_NAME = "report.json"
+
+
+class HandoutFolder:
+    """A folder in the making; ``sinks`` are the files of its targets."""
+
+    def __init__(self, path: Path, targets: Sequence[Target], opened: ExitStack) -> None:
+        self.path = path
+        self.bytes_written = 0
+        self.sinks: list[FileSink] = []
+        for target in targets:
+            folder = path / target.name
+            folder.mkdir()
+            config = json.dumps(dict(target.config.raw), indent=2, sort_keys=True)
+            self._write(folder / CONFIG_NAME, config)
+            entries = {span.key: (span.dtype, span.shape) for span in target.layout.tensors}
+            sink = FileSink(folder / WEIGHTS_NAME, entries, target.layout.nbytes)
+            opened.callback(sink.close)
+            self.sinks.append(sink)
+
+    def commit(self) -> None:
+        """Brings the adapters to the disk."""
+        for sink in self.sinks:
+            sink.commit()
+        self.bytes_written += sum(
+            (self.path / name).stat().st_size for name in self.path.glob(f"*/{WEIGHTS_NAME}")
+        )
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Adds a JSON file."""
+        self._write(self.path / name, json.dumps(value, indent=2, allow_nan=False))
+
+    def _write(self, path: Path, text: str) -> None:
+        data = (text + "\n").encode()
+        write_synced(path, [data])
+        self.bytes_written += len(data)
+
+
+@contextmanager
+def handout_folder(
+    folder: str | os.PathLike[str], targets: Sequence[Target], *, force: bool
+) -> Iterator[HandoutFolder]:
+    """A folder with a file for each target, which takes its name when the block succeeds.
+
+    An exception in the block, Ctrl-C included, leaves nothing behind, and what was there as it was.
+
+    Raises:
+        InvalidInput: the folder exists and ``force`` is not set.
+        FastAggError: the disk has not the room.
+    """
+    check_free(folder, force=force)
+    check_room(folder, sum(target.layout.nbytes for target in targets))
+    with new_folder(Path(folder), overwrite=force) as path, ExitStack() as opened:
+        yield HandoutFolder(path, targets, opened)

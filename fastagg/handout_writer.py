@@ -1,0 +1,275 @@
+"""Writing hand-outs: the aggregate, some modules at a time, straight into the outputs' buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+
+from fastagg import ops
+from fastagg.accumulators import Source
+from fastagg.budget import PeakMemory, decomposition_bytes, slab_bytes
+from fastagg.errors import InvalidInput
+from fastagg.handout import Factored, Handout, Settings
+from fastagg.handout_parcel import Parcel, split_by_target
+from fastagg.handout_sink import Sink
+from fastagg.handout_target import Target
+from fastagg.layout import TensorSpan
+from fastagg.plan import PlanPart
+from fastagg.report import ModuleReport, Stopwatch
+from fastagg.roster import ModuleSize
+
+__all__ = ["HandoutWriter", "Progress", "module_bytes", "width_of"]
+
+# done, total, what: modules handed out so far, of all, and the name of the last.
+Progress = Callable[[int, int, str], None]
+
+
+def module_bytes(
+    handout: Handout, settings: Settings, m: int, n: int, rows: int, width: int
+) -> int:
+    """Bytes that handing out one module takes, from above.
+
+    Its slabs of so many rows, its decomposition at the rank ``width``, and an adapter of that rank.
+    """
+    rank = min(width, m, n) if handout.ranked else width
+    work = decomposition_bytes(rows, m, n, rank) + handout.forms(m, n, rows, rank, settings)
+    return slab_bytes(rows, m, n, 4) + work + slab_bytes(width, m, n, 4)
+
+
+def width_of(handout: Handout, size: ModuleSize) -> int:
+    """The largest rank at which a module is handed out, if clients get their own ranks."""
+    return size.width if handout.ranked else size.rank_sum
+
+
+class HandoutWriter:
+    """Computes the hand-out of a finished accumulator and writes it into flat buffers.
+
+    Args:
+        sizes: of the modules. Every decomposition is as wide as the largest rank of a client at
+            least: up to that rank, a hand-out does not depend on which others were asked for (and
+            above it, or together with such, by rounding only).
+        modules: what is found out about each module is noted here.
+        limit: bytes that the work on one part may take; a part has one module at least.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        handout: Handout,
+        settings: Settings,
+        sizes: Mapping[str, ModuleSize],
+        modules: dict[str, ModuleReport],
+        watch: Stopwatch,
+        peak: PeakMemory,
+        limit: int,
+    ) -> None:
+        self.source = source
+        self.handout = handout
+        self.settings = settings
+        self.limit = limit
+        self._widths = [
+            max(width_of(handout, sizes[module]) for module in bucket.modules)
+            for bucket in source.index.buckets
+        ]
+        self._modules = modules
+        self._watch = watch
+        self._peak = peak
+        self._held: dict[tuple[int, int, int], Factored] = {}
+
+    def parts(self) -> Iterator[tuple[int, int, int]]:
+        """The modules, split into what is computed at a time: (bucket, lo, hi)."""
+        for bucket, width in enumerate(self._widths):
+            needs = self._module_bytes(bucket, width)
+            lo = largest = 0
+            for place, need in enumerate(needs):
+                largest = max(largest, need)
+                if place > lo and (place + 1 - lo) * largest > self.limit:
+                    yield bucket, lo, place
+                    lo, largest = place, need
+            yield bucket, lo, len(needs)
+
+    def workspace_bytes(self, targets: Sequence[Target] = ()) -> int:
+        """Bytes that the work on one module takes at least, from above."""
+        widths = self._widths_for(targets)
+        return max(max(self._module_bytes(*item)) for item in enumerate(widths))
+
+    def factors_bytes(self, targets: Sequence[Target] = ()) -> int:
+        """Bytes of the factorisations of all modules, as :meth:`write` with ``keep`` holds them."""
+        total = 0
+        widths = self._widths_for(targets)
+        for shape, width in zip(self.source.index.buckets, widths, strict=True):
+            rank = min(width, shape.m, shape.n)
+            total += len(shape.modules) * rank * (shape.m + shape.n + 1) * 4
+        return total
+
+    def _widths_for(self, targets: Sequence[Target]) -> list[int]:
+        """The rank of each bucket's decomposition when these targets are written."""
+        widths = list(self._widths)
+        for target in targets:
+            for slot in target.layout.slots:
+                bucket, _ = self.source.index.where(slot.module)
+                widths[bucket] = max(widths[bucket], slot.rank)
+        return widths
+
+    def _module_bytes(self, bucket: int, width: int) -> list[int]:
+        shape = self.source.index.buckets[bucket]
+        return [
+            module_bytes(self.handout, self.settings, shape.m, shape.n, rows, width)
+            for rows in self.source.rows(bucket)
+        ]
+
+    def write(
+        self,
+        targets: Sequence[Target],
+        sinks: Sequence[Sink],
+        *,
+        keep: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Puts each target's tensors into its sink.
+
+        Args:
+            keep: hold the factorisations of the usual width for the next call.
+
+        Raises:
+            InvalidInput: a number does not fit into its target's dtype.
+        """
+        index = self.source.index
+        placed = [index.placed(target.layout) for target in targets]
+        plans = index.plan(
+            [target.layout for target in targets], [layout.scalings for layout in placed]
+        )
+        widths = self._widths_for(targets)
+        done = 0
+        for part in self.parts():
+            bucket, lo, hi = part
+            wanted = plans[bucket].part(lo, hi)
+            if len(wanted.slots):
+                factored = self._factored(part, widths[bucket], keep)
+                self._note(part, factored, wanted)
+                shape = index.buckets[bucket]
+                room = slab_bytes(widths[bucket], shape.m, shape.n, 4) * (hi - lo)
+                with self._watch.stage("redistribute"):
+                    for some in split_by_target(wanted, shape, max(room, self._room(part))):
+                        self._redistribute(factored, Parcel(some, shape), targets, sinks)
+            self._peak.sample()
+            done += hi - lo
+            if progress is not None:
+                progress(done, len(index), index.buckets[bucket].modules[hi - 1])
+        with self._watch.stage("redistribute"):
+            self._write_whole(targets, sinks)
+
+    def _room(self, part: tuple[int, int, int]) -> int:
+        """Bytes that the work on a part leaves of the limit for what is handed out."""
+        bucket, lo, hi = part
+        shape, width = self.source.index.buckets[bucket], self._widths[bucket]
+        needs = max(self._module_bytes(bucket, width)[lo:hi])
+        return self.limit - (hi - lo) * (needs - slab_bytes(width, shape.m, shape.n, 4))
+
+    def _redistribute(
+        self,
+        factored: Factored,
+        parcel: Parcel,
+        targets: Sequence[Target],
+        sinks: Sequence[Sink],
+    ) -> None:
+        buffer = torch.empty(parcel.nbytes, dtype=torch.uint8)
+        ops.redistribute_(
+            [buffer],
+            factored.u.cpu(),
+            factored.s.cpu(),
+            factored.vt.cpu(),
+            parcel.slots,
+            parcel.scalings,
+        )
+        if not factored.largest <= parcel.safe_below:
+            self._check(buffer, parcel, targets)
+        for target, offset, begin, end in parcel.runs:
+            sinks[target].put(offset, buffer[begin:end])
+
+    def _check(self, buffer: torch.Tensor, parcel: Parcel, targets: Sequence[Target]) -> None:
+        nonfinite, _ = ops.scan(buffer, parcel.spans)
+        if not bool(nonfinite.any()):
+            return
+        target, offset = parcel.whose(int(torch.nonzero(nonfinite)[0]))
+        tensors = targets[target].layout.tensors
+        span = next(span for span in tensors if span.offset == offset and span.count)
+        raise _overflow(targets[target], span, int(nonfinite.sum()))
+
+    def _factored(self, part: tuple[int, int, int], width: int, keep: bool) -> Factored:
+        bucket, lo, hi = part
+        # A wider decomposition may differ in the last bits: it serves only the rank it is for.
+        usual = width == self._widths[bucket]
+        if usual and part in self._held:
+            return self._held[part]
+        before = self._watch.total
+        with self._watch.stage("stack"):
+            load = self.source.load if self.handout.ranked else self.source.stacked
+            chunk = load(*part)
+        with self._watch.stage("svd"):
+            factored = self.handout.factor(chunk, width, self.settings)
+        for module in chunk.modules:
+            self._modules[module].seconds += (self._watch.total - before) / (hi - lo)
+        self._check_finite(factored, chunk.modules)
+        if keep and usual:
+            self._held[part] = factored
+        return factored
+
+    def _check_finite(self, factored: Factored, modules: Sequence[str]) -> None:
+        if factored.norm2 is None or bool(torch.isfinite(factored.norm2).all()):
+            return
+        place = int(torch.nonzero(~torch.isfinite(factored.norm2))[0])
+        raise InvalidInput(
+            "the aggregate is not finite: its product leaves the range of float32",
+            module=modules[place],
+            expected="finite values",
+            cure="Leave out the clients whose factors are that large",
+        )
+
+    def _note(self, part: tuple[int, int, int], factored: Factored, wanted: PlanPart) -> None:
+        bucket, lo, hi = part
+        modules = [
+            self._modules[name] for name in self.source.index.buckets[bucket].modules[lo:hi]
+        ]
+        for rank in sorted(set(wanted.slots[:, 2].tolist())):
+            shares = factored.kept(rank).tolist()
+            for place in set(wanted.slots[wanted.slots[:, 2] == rank, 0].tolist()):
+                modules[place].kept[rank] = shares[place]
+        norms = None if factored.norm2 is None else factored.norm2.tolist()
+        for place, entry in enumerate(modules):
+            entry.route = factored.route
+            if norms is not None:
+                entry.norm = max(norms[place], 0.0) ** 0.5
+            if factored.certificate is not None:
+                bound = float(factored.certificate[place])
+                entry.certificate = bound / norms[place] if norms and norms[place] > 0 else bound
+            if factored.numerical_rank is not None:
+                entry.numerical_rank = int(factored.numerical_rank[place])
+
+    def _write_whole(self, targets: Sequence[Target], sinks: Sequence[Sink]) -> None:
+        holders: dict[str, list[tuple[Target, Sink, TensorSpan]]] = {}
+        for target, sink in zip(targets, sinks, strict=True):
+            for span in target.layout.whole:
+                holders.setdefault(span.key, []).append((target, sink, span))
+        for key, places in holders.items():
+            for begin, _, values in self.source.whole.blocks(key):
+                for target, sink, span in places:
+                    cast = values.to(span.dtype)
+                    if not bool(torch.isfinite(cast).all()):
+                        raise _overflow(target, span, int((~torch.isfinite(cast)).sum()))
+                    sink.put(span.offset + begin * span.dtype.itemsize, cast.view(torch.uint8))
+
+
+def _overflow(target: Target, span: TensorSpan, count: int) -> InvalidInput:
+    slots = target.layout.slots
+    return InvalidInput(
+        f"the hand-out does not fit into {str(span.dtype).removeprefix('torch.')}",
+        client=target.clients[0] if target.clients else None,
+        module=next((slot.module for slot in slots if span in (slot.a, slot.b)), None),
+        field=span.key,
+        expected=f"values below {torch.finfo(span.dtype).max:.3g}",
+        got=f"{count} infinite or NaN",
+        cure="Aggregate with dtype=torch.bfloat16 or torch.float32, or give the clients a larger "
+        "lora_alpha",
+    )

@@ -1,0 +1,178 @@
+"""Which accumulator a round needs, and whether it fits into the memory that it may take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumulator
+from fastagg.accumulators.whole import WholeSums
+from fastagg.budget import CHUNK_BYTES, require
+from fastagg.handout import Settings
+from fastagg.handout_writer import module_bytes, width_of
+from fastagg.layout import Layout
+from fastagg.method import Method
+from fastagg.plan import padded
+from fastagg.roster import Roster
+
+__all__ = ["Accumulator", "MemoryPlan"]
+
+Accumulator = StackAccumulator | DenseAccumulator | MeanAccumulator
+
+# A stack below this is kept though dW were smaller: it is exact to the last bit of its factors, does
+# not depend on the order of arrival, and can be handed out itself.
+WORTH_CHANGING = 64 << 20
+
+_CURE = "Raise max_memory, or aggregate fewer clients or modules at a time"
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """Bytes that a round of some clients takes; work is that on one module at a time.
+
+    Attributes:
+        stack, dense, means: the accumulators.
+        stack_work, dense_work, means_work: what is needed beside them.
+    """
+
+    stack: int
+    dense: int
+    means: int
+    stack_work: int
+    dense_work: int
+    means_work: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The rules by which memory is spent.
+
+    Attributes:
+        budget: bytes that accumulator and workspace may take together; None: any.
+        mode: "auto", "stack" or "dense", as the user chose.
+    """
+
+    method: Method
+    settings: Settings
+    budget: int | None
+    mode: str
+
+    @property
+    def fold_limit(self) -> int:
+        """Bytes of slabs that folding a client into sums may take at a time."""
+        return CHUNK_BYTES if self.budget is None else min(CHUNK_BYTES, self.budget // 16)
+
+    @property
+    def may_change(self) -> bool:
+        """Whether a stack may be turned into dW."""
+        return self.mode == "auto" and "dense" in self.method.accumulators
+
+    def _outgrown(self, needs: _Needs) -> bool:
+        """Whether dW is so much smaller than the stack that it is worth the stack's virtues."""
+        return needs.stack > max(needs.dense, WORTH_CHANGING)
+
+    def turns_dense(
+        self,
+        roster: Roster,
+        accumulator: Accumulator,
+        layouts: Sequence[Layout],
+        joined: Accumulator | None = None,
+    ) -> bool:
+        """Whether the stack must become dense before clients of these layouts are added.
+
+        Under "auto" that is when the stack would outgrow dW (and is worth the change), or at the
+        last moment at which the budget holds both, as the change needs.
+
+        Args:
+            joined: the accumulator that holds the clients, when two are merged.
+
+        Raises:
+            MemoryBudgetExceeded: nothing fits; ``needed`` is the least that would.
+        """
+        needs = self._needs(roster, layouts)
+        if isinstance(accumulator, MeanAccumulator):
+            widths = roster.widths_with(layouts)
+            work = max(needs.means_work, accumulator.growing_bytes(widths))
+            self._require(needs.means + work, "the sum of the factors")
+            return False
+        if isinstance(accumulator, DenseAccumulator):
+            self._require(needs.dense + needs.dense_work, "the dense accumulator")
+            return False
+        staying = needs.stack + needs.stack_work
+        if not self.may_change:
+            self._require(staying, "the stack of all adapters")
+            return False
+        changing = accumulator.nbytes + needs.dense + needs.dense_work
+        if isinstance(joined, DenseAccumulator):
+            self._require(changing, "turning the stack into dW")
+            return True
+        if self.budget is None:
+            return self._outgrown(needs)
+        if staying > self.budget or self._outgrown(needs):
+            if changing > self.budget:
+                self._require(min(staying, changing), "adding this client")
+            return changing <= self.budget
+        later = needs.stack + needs.dense + needs.dense_work
+        return changing <= self.budget < later
+
+    def choose(self, roster: Roster) -> tuple[str, int]:
+        """The accumulator for a round whose clients are all known, and the bytes that it takes.
+
+        The stack, unless dW is smaller and worth it, or alone fits.
+
+        Raises:
+            MemoryBudgetExceeded: none fits; ``needed`` is the least that would.
+        """
+        needs = self._needs(roster, ())
+        if "means" in self.method.accumulators:
+            total = {"auto": needs.means + needs.means_work}
+        else:
+            total = {
+                "stack": needs.stack + needs.stack_work,
+                "dense": needs.dense + needs.dense_work,
+            }
+        kinds = [kind for kind in total if self._allows(kind)]
+        if len(kinds) > 1 and self._outgrown(needs):
+            kinds.reverse()
+        fitting = [kind for kind in kinds if self.budget is None or total[kind] <= self.budget]
+        best = fitting[0] if fitting else min(kinds, key=lambda kind: total[kind])
+        what = "the sum of the factors" if best == "auto" else f"the {best} accumulator"
+        self._require(total[best], f"{what} of {len(roster)} clients")
+        return best, total[best]
+
+    def _allows(self, kind: str) -> bool:
+        if kind == "auto":
+            return True
+        return kind in self.method.accumulators and self.mode in ("auto", kind)
+
+    def _require(self, needed: int, what: str) -> None:
+        require(needed, self.budget, what, _CURE)
+
+    def _needs(self, roster: Roster, layouts: Sequence[Layout]) -> _Needs:
+        modules = roster.sizes_with(layouts)
+        whole = WholeSums.bytes_for(roster.whole_with(layouts))
+        shapes: dict[tuple[int, int], list[int]] = {}
+        for size in modules:
+            # count, largest R, largest rank of a client, largest rank handed out
+            found = shapes.setdefault((size.m, size.n), [0, 0, 0, 0])
+            found[0] += 1
+            found[1] = max(found[1], size.rank_sum)
+            found[2] = max(found[2], size.width)
+            found[3] = max(found[3], width_of(self.method.handout, size))
+        dense = means = stack_work = dense_work = means_work = 0
+        for (m, n), (count, rank_sum, width, handed) in shapes.items():
+            dense += count * m * n * 4
+            means += count * width * (m + n) * 8
+            work = [
+                module_bytes(self.method.handout, self.settings, m, n, rows, handed)
+                for rows in (padded(rank_sum), 0, padded(width))
+            ]
+            slabs = count * padded(width) * (m + n) * 4
+            folding = max(padded(width) * (m + n) * 4, min(self.fold_limit, slabs))
+            stack_work = max(stack_work, work[0])
+            dense_work = max(dense_work, work[1], folding)
+            # Folding casts each slab to the float64 of the sums.
+            means_work = max(means_work, work[2], 2 * folding)
+        held = sum(member.layout.nbytes for member in roster.members.values())
+        stack = held + sum(layout.nbytes for layout in layouts)
+        return _Needs(stack, dense + whole, means + whole, stack_work, dense_work, means_work)

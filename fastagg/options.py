@@ -1,0 +1,67 @@
+"""Options as users give them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastagg import _library
+from fastagg.errors import InvalidInput
+
+__all__ = ["check_choice", "parse_device", "parse_dtype"]
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def check_choice(field: str, value: str, choices: Sequence[str]) -> str:
+    """One of a few words.
+
+    Raises:
+        InvalidInput: another.
+    """
+    if value not in choices:
+        raise InvalidInput(
+            "no such option", field=field, expected=" or ".join(map(repr, choices)), got=repr(value)
+        )
+    return value
+
+
+def parse_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype that factors may have, or None.
+
+    Raises:
+        InvalidInput: another.
+    """
+    found = _DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if value is not None and found not in _DTYPES.values():
+        raise InvalidInput(
+            "not a dtype that adapters may have",
+            field="dtype",
+            expected=", ".join(_DTYPES),
+            got=str(value),
+        )
+    return found
+
+
+def parse_device(value: str) -> torch.device:
+    """Where the work is done; "auto" is the GPU where there is one and the CUDA kernels are built.
+
+    Raises:
+        InvalidInput: no such device, or it cannot be used here.
+    """
+    check_choice("device", value, ("auto", "cpu", "cuda"))
+    usable = torch.cuda.is_available() and bool(_library.status()["_cuda"].loaded)
+    if value == "cuda" and not usable:
+        raise InvalidInput(
+            "there is no usable GPU",
+            field="device",
+            expected="a CUDA device and FastAgg's CUDA kernels",
+            got="neither" if not torch.cuda.is_available() else "a device without the kernels",
+            cure="Use device='cpu'; `fastagg info` tells why the kernels are not there",
+        )
+    return torch.device("cuda" if usable and value != "cpu" else "cpu")
