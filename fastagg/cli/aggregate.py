@@ -1,0 +1,264 @@
+"""`fastagg aggregate`: folders in, folders out."""
+
+from __future__ import annotations
+
+import difflib
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastagg.cli.failures import command, say
+from fastagg.cli.options import Folders, Force, Json, Out
+from fastagg.cli.printing import console, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from fastagg.report import SkippedClient
+
+# The files of the package, listed: importing it would import torch for `--help`.
+_METHODS = sorted(
+    path.stem
+    for path in (Path(__file__).parents[1] / "methods").glob("*.py")
+    if not path.stem.startswith("_")
+)
+
+
+class Missing(str, Enum):
+    """What a module counts for that a client lacks."""
+
+    renormalise = "renormalise"
+    zero = "zero"
+
+
+class Accumulator(str, Enum):
+    """What the round adds up in."""
+
+    auto = "auto"
+    stack = "stack"
+    dense = "dense"
+
+
+class Route(str, Enum):
+    """How dW is decomposed."""
+
+    auto = "auto"
+    gram = "gram"
+    qr = "qr"
+    randomized = "randomized"
+    dense = "dense"
+
+
+class Device(str, Enum):
+    """Where the work is done."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    """Of what is handed out."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _method(name: str) -> str:
+    if name in _METHODS:
+        return name
+    near = difflib.get_close_matches(name, _METHODS, n=1, cutoff=0.0)
+    raise typer.BadParameter(f"{name!r} is none of {', '.join(_METHODS)}; did you mean {near[0]!r}?")
+
+
+def _ranks(text: str | None) -> str | None:
+    if text is not None:
+        _parsed_ranks(text)
+    return text
+
+
+def _parsed_ranks(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"expected ranks above 0 such as 4,8,16, got {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+@command
+def aggregate(
+    folders: Folders,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            "-m",
+            callback=_method,
+            metavar="METHOD",
+            help=f"How to aggregate: {', '.join(_METHODS)}.",
+            show_default=False,
+        ),
+    ],
+    out: Out,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What each client counts, as a rule its number of examples: JSON "
+            '{"client": weight}, a JSON list in the order of the folders, or CSV lines '
+            "client,weight. Default: all alike.",
+            show_default=False,
+        ),
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            callback=_ranks,
+            metavar="4,8",
+            help="Hand out adapters of these ranks instead of the clients' own; each client gets "
+            "the largest that is not above its own, else the smallest.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="8GiB",
+            help="What the accumulator and the work may take together; refused before any work, "
+            "with the figure needed, where that is not enough. Default: any.",
+            show_default=False,
+        ),
+    ] = None,
+    missing: Annotated[
+        Missing,
+        typer.Option(
+            help="Modules that a client lacks: divide by the weights of those that have them, or "
+            "count an update of zero."
+        ),
+    ] = Missing.renormalise,
+    accumulator: Annotated[
+        Accumulator,
+        typer.Option(
+            help="stack keeps the factors and grows with the clients, dense keeps dW; auto takes "
+            "the smaller."
+        ),
+    ] = Accumulator.auto,
+    route: Annotated[
+        Route, typer.Option(help="The decomposition; auto takes the fastest by its cost model.")
+    ] = Route.auto,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Of what is handed out. Default: each client's own.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the randomized decomposition.")] = 0,
+    skip_invalid: Annotated[
+        bool,
+        typer.Option(
+            "--skip-invalid",
+            help="Leave invalid clients out and go on; they are named on stderr and in the report.",
+        ),
+    ] = False,
+    force: Force = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Validate everything, show the plan (memory, routes, folders), write nothing.",
+        ),
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Aggregate clients' LoRA adapters of different ranks into OUT.
+
+    OUT holds a folder that PEFT loads for each distinct set of ranks among the clients (flora:
+    `stacked/`), `clients.json`, which maps each client to its folder, and `report.json`.
+
+    A client is named after its folder; where names clash, after as much of its path as tells them
+    apart: `a/adapter` and `b/adapter`.
+    """
+    from fastagg.aggregator import Aggregator
+    from fastagg.errors import InvalidInput
+
+    options: dict[str, Any] = {
+        "device": device.value,
+        "max_memory": max_memory,
+        "missing": missing.value,
+        "accumulator": accumulator.value,
+        "route": route.value,
+        "dtype": None if dtype is None else dtype.value,
+        "seed": seed,
+    }
+    wanted = None if ranks is None else _parsed_ranks(ranks)
+    try:
+        handout = Aggregator(method, **options).method.handout
+        if wanted is not None and not handout.ranked:
+            handout.check_rank(wanted[0], wanted[0])
+    except InvalidInput as error:
+        raise typer.BadParameter(str(error)) from None
+    if dry_run:
+        _preview(folders, method, out, weights, wanted, skip_invalid, force, options, json_output)
+        return
+    from fastagg.folders import aggregate_folders
+
+    with progress_bar() as progress:
+        report = aggregate_folders(
+            folders,
+            out,
+            method=method,
+            weights=weights,
+            ranks=wanted,
+            skip_invalid=skip_invalid,
+            force=force,
+            progress=progress,
+            **options,
+        )
+    _name_skipped(report.skipped)
+    if json_output:
+        print_json({"out": str(out), **report.to_dict()})
+        return
+    from fastagg.cli.report_tables import report_tables
+
+    console().print(*report_tables(report, str(out)), sep="\n")
+
+
+def _preview(
+    folders: list[Path],
+    method: str,
+    out: Path,
+    weights: Path | None,
+    ranks: list[int] | None,
+    skip_invalid: bool,
+    force: bool,
+    options: dict[str, Any],
+    json_output: bool,
+) -> None:
+    from fastagg.folders import FolderRound
+    from fastagg.output_folder import check_free, check_room
+    from fastagg.preview import preview
+
+    check_free(out, force=force, reading=folders)
+    round_ = FolderRound(folders, method=method, weights=weights, skip_invalid=skip_invalid, **options)
+    round_.plan()
+    with progress_bar() as progress:
+        round_.validate(progress)
+    found = preview(round_, out, ranks)
+    check_room(out, sum(folder.bytes for folder in found.folders))
+    _name_skipped(found.skipped)
+    if json_output:
+        print_json(found.to_dict())
+        return
+    from fastagg.cli.report_tables import preview_tables
+
+    console().print(*preview_tables(found), sep="\n")
+
+
+def _name_skipped(skipped: Any) -> None:
+    clients: list[SkippedClient] = list(skipped)
+    for client in clients:
+        say(f"left out {client.client}: {client.reason}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(aggregate)

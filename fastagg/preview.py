@@ -1,0 +1,163 @@
+"""What an aggregation would do, from the clients' headers: `fastagg aggregate --dry-run`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastagg.aggregator import Aggregator
+from fastagg.folders import FolderRound
+from fastagg.handout import ClientStack, TruncatedSVD
+from fastagg.handout_target import Target, all_ranks, for_stack, per_signature
+from fastagg.linalg import fastest_route
+from fastagg.plan import padded
+from fastagg.report import SkippedClient
+from fastagg.roster import Roster
+
+__all__ = ["ClientPreview", "FolderPreview", "ModulePreview", "Preview", "preview"]
+
+
+@dataclass(frozen=True)
+class ClientPreview:
+    """One client: its weight, the ranks of its modules and the bytes of its adapter."""
+
+    client: str
+    folder: str
+    weight: float
+    ranks: tuple[int, ...]
+    modules: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ModulePreview:
+    """One module: the shape of its weight, how many clients have it, R and the route expected."""
+
+    module: str
+    shape: tuple[int, ...]
+    clients: int
+    rank_sum: int
+    route: str
+
+
+@dataclass(frozen=True)
+class FolderPreview:
+    """One folder that would be written below the output."""
+
+    folder: str
+    clients: tuple[str, ...]
+    ranks: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A round before it is run; sizes are in bytes."""
+
+    method: str
+    out: str
+    accumulator: str
+    memory: int
+    memory_budget: int | None
+    clients: tuple[ClientPreview, ...]
+    modules: tuple[ModulePreview, ...]
+    folders: tuple[FolderPreview, ...]
+    skipped: tuple[SkippedClient, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The preview as a JSON-able dictionary."""
+        return {"dry_run": True, **dataclasses.asdict(self)}
+
+
+def preview(
+    round_: FolderRound, out: str | os.PathLike[str], ranks: Sequence[int] | None = None
+) -> Preview:
+    """What :func:`fastagg.folders.aggregate_folders` would do with a round.
+
+    Raises:
+        InvalidInput: ranks that the method does not hand out.
+        MemoryBudgetExceeded: the round does not fit into max_memory.
+    """
+    aggregator = Aggregator(round_.method, **round_.options)
+    accumulator, memory = round_.plan()
+    roster = round_.roster()
+    modules = _modules(roster, aggregator, accumulator)
+    targets = _targets(roster, aggregator, ranks, modules)
+    return Preview(
+        method=round_.method.name,
+        out=os.fspath(out),
+        accumulator=round_.method.accumulators[0] if accumulator == "auto" else accumulator,
+        memory=memory,
+        memory_budget=aggregator.max_memory,
+        clients=tuple(_client(member.client, round_) for member in roster.sorted()),
+        modules=tuple(modules),
+        folders=tuple(_folder(target) for target in targets),
+        skipped=tuple(round_.skipped),
+    )
+
+
+def _modules(roster: Roster, aggregator: Aggregator, accumulator: str) -> list[ModulePreview]:
+    ranks_of: dict[str, list[int]] = {}
+    for member in roster.sorted():
+        for slot in member.layout.slots:
+            ranks_of.setdefault(slot.module, []).append(slot.rank)
+    found = []
+    for module, (slot, _) in sorted(roster.slots.items()):
+        ranks = ranks_of[module]
+        rank = min(max(ranks), slot.m, slot.n)
+        route = _route(aggregator, accumulator, slot.m, slot.n, sum(ranks), rank)
+        found.append(ModulePreview(module, slot.weight_shape, len(ranks), sum(ranks), route))
+    return found
+
+
+def _route(aggregator: Aggregator, accumulator: str, m: int, n: int, rank_sum: int, rank: int) -> str:
+    handout = aggregator.method.handout
+    if isinstance(handout, ClientStack):
+        return "stack"
+    if not isinstance(handout, TruncatedSVD):
+        return "first rows"
+    if accumulator == "dense":
+        return "dense"
+    if aggregator.route != "auto":
+        return aggregator.route
+    return fastest_route(m, n, padded(rank_sum), 2 * rank)
+
+
+def _targets(
+    roster: Roster,
+    aggregator: Aggregator,
+    ranks: Sequence[int] | None,
+    modules: Sequence[ModulePreview],
+) -> list[Target]:
+    handout = aggregator.method.handout
+    if ranks is not None:
+        for rank in ranks:
+            handout.check_rank(rank, max(member.rank for member in roster.sorted()))
+        return all_ranks(roster, ranks, aggregator.dtype)
+    if not handout.ranked:
+        return [for_stack(roster, {m.module: m.rank_sum for m in modules}, aggregator.dtype)]
+    return per_signature(roster, aggregator.dtype)
+
+
+def _client(client: str, round_: FolderRound) -> ClientPreview:
+    layout, _ = round_.headers[client]
+    return ClientPreview(
+        client=client,
+        folder=str(round_.folders[client]),
+        weight=round_.weights[client],
+        ranks=tuple(sorted({slot.rank for slot in layout.slots})),
+        modules=len(layout.slots),
+        bytes=layout.nbytes,
+    )
+
+
+def _folder(target: Target) -> FolderPreview:
+    return FolderPreview(
+        folder=target.name,
+        clients=target.clients,
+        ranks=tuple(sorted({slot.rank for slot in target.layout.slots})),
+        bytes=target.layout.nbytes,
+    )
