@@ -29,8 +29,9 @@ from fastagg.handout_target import (
 from fastagg.handout_writer import HandoutWriter, Progress
 from fastagg.layout import Slot
 from fastagg.method import Method
-from fastagg.report import ClientReport, ModuleReport, Report, SkippedClient, Stopwatch
+from fastagg.report import ModuleReport, Report, SkippedClient, Stopwatch
 from fastagg.roster import Roster
+from fastagg.round_log import RoundLog, module_reports
 
 if TYPE_CHECKING:
     from fastagg.checkpoint import Change
@@ -54,10 +55,6 @@ class Aggregate:
     Everything is computed when it is asked for, some modules at a time. ``dW`` is the method's own
     aggregate: the exact sum_k p_k s_k B_k A_k for flora and flexlora, the product of the averaged
     factors for fedit, zeropad and hetlora.
-
-    Attributes:
-        method: the method.
-        skipped: clients that were left out before, for the report.
     """
 
     def __init__(
@@ -73,28 +70,27 @@ class Aggregate:
         self._source = source
         self._roster = roster
         self._options = options
-        self._watch = watch
-        self._peak = peak
-        self._clients = {
-            member.client: ClientReport(
-                member.client, member.weight, member.rank, member.layout.nbytes
-            )
-            for member in roster.sorted()
-        }
-        self.skipped: list[SkippedClient] = []
-        self._modules = _module_reports(roster)
-        self._bytes_written = 0
-        self._writer = self._new_writer(method.handout, self._modules)
+        self._log = RoundLog(roster, watch, peak)
+        self._writer = self._new_writer(method.handout, self._log.modules)
 
     @property
     def clients(self) -> tuple[str, ...]:
         """The ids of the clients, sorted."""
-        return tuple(self._clients)
+        return tuple(self._log.clients)
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The names of the modules, sorted."""
-        return tuple(sorted(self._modules))
+        return tuple(sorted(self._log.modules))
+
+    @property
+    def skipped(self) -> list[SkippedClient]:
+        """Clients that were left out before, for the report."""
+        return self._log.skipped
+
+    @skipped.setter
+    def skipped(self, clients: list[SkippedClient]) -> None:
+        self._log.skipped = clients
 
     @property
     def base_effect(self) -> str:
@@ -127,14 +123,14 @@ class Aggregate:
             )
         if rank is not None:
             (rank,) = check_ranks([rank])
-            self.method.handout.check_rank(rank, self._largest_rank)
+            self.method.handout.check_rank(rank, self._log.largest_rank)
             return self._in_memory(self._writer, for_rank(self._roster, rank, self._options.dtype))
         member = self._roster.members.get(client or "")
         if member is None:
             raise InvalidInput(
                 "no such client in this round",
                 client=str(client),
-                expected=f"one of {len(self._clients)}: {', '.join(list(self._clients)[:5])}",
+                expected=f"one of {len(self.clients)}: {', '.join(self.clients[:5])}",
             )
         if not self.method.handout.ranked:
             return self.stacked()
@@ -153,8 +149,8 @@ class Aggregate:
         writer = self._writer
         if self.method.handout.ranked:
             # The report speaks of the method's own hand-out: this one goes unreported.
-            writer = self._new_writer(ClientStack(), _module_reports(self._roster))
-        return self._in_memory(writer, self._stack_target())
+            writer = self._new_writer(ClientStack(), module_reports(self._roster))
+        return self._in_memory(writer, for_stack(self._roster, self._options.dtype))
 
     def delta(self, module: str) -> torch.Tensor:
         """dW of one module: float32, in the shape of the base weight, on the CPU.
@@ -204,7 +200,8 @@ class Aggregate:
 
         self._check_base_unchanged()
         slots = [slot for slot, _ in self._roster.slots.values()]
-        return as_change(self.method.name, self.add_delta, slots, self._whole_tensors())
+        whole = [span for span, _ in self._roster.whole.values()]
+        return as_change(self.method.name, self.add_delta, slots, self._source.whole, whole)
 
     def save(
         self,
@@ -218,8 +215,8 @@ class Aggregate:
 
         ``rank-16/`` and the like, one for each distinct set of ranks, scalings, dtypes and modules
         among the clients (flora: ``stacked/``); ``clients.json`` maps client to folder;
-        ``report.json`` is the report. Numbers go from the decomposition straight into the mapped
-        files: the memory needed is that of some modules, whatever the sizes.
+        ``report.json`` is the report. The memory needed is that of some modules at a time, whatever
+        the number of modules and of clients.
 
         Args:
             ranks: hand out these ranks instead of the clients' own; each client gets the largest
@@ -233,68 +230,45 @@ class Aggregate:
         """
         targets = self._targets(ranks)
         require(
-            self._source.nbytes + self._writer.workspace_bytes(targets),
+            self._source.nbytes + self._writer.held_bytes + self._writer.workspace_bytes(targets),
             self._options.max_memory,
             "handing out one batch of modules",
             "Raise max_memory",
         )
         with ExitStack() as opened:
-            with self._watch.stage("write"):
+            with self._log.watch.stage("write"):
                 out = opened.enter_context(handout_folder(folder, targets, force=force))
             self._writer.write(targets, out.sinks, progress=progress)
-            with self._watch.stage("write"):
+            with self._log.watch.stage("write"):
                 out.commit()
                 places = {client: target.name for target in targets for client in target.clients}
-                out.write_json(CLIENTS_NAME, {client: places[client] for client in self._clients})
-            self._bytes_written += out.bytes_written
-            for target in targets:
-                for client in target.clients:
-                    self._clients[client].handout = target.name
-                    self._clients[client].handout_bytes = target.layout.nbytes
-            self._peak.sample()
+                out.write_json(CLIENTS_NAME, {client: places[client] for client in self.clients})
+            self._log.wrote(targets, out.bytes_written)
             out.write_json(REPORT_NAME, self.report.to_dict())
 
     @property
     def report(self) -> Report:
         """What was done so far; figures of the hand-outs are there once something was handed out."""
-        return Report(
-            method=self.method.name,
-            accumulator=self._source.kind,
-            missing=self._options.missing,
-            base_effect=self.base_effect,
-            clients=list(self._clients.values()),
-            modules=[self._modules[module] for module in self.modules],
-            whole_tensors=sorted(self._roster.whole),
-            skipped=list(self.skipped),
-            seconds=dict(self._watch.seconds),
-            bytes_read=sum(client.bytes for client in self._clients.values()),
-            bytes_written=self._bytes_written,
-            peak_memory=self._peak.bytes,
-            peak_memory_of=self._peak.measure,
+        return self._log.report(
+            self.method.name, self._source.kind, self._options.missing, self.base_effect
         )
 
     def __repr__(self) -> str:
         return (
-            f"Aggregate({self.method.name}, {len(self._clients)} clients, "
-            f"{len(self._modules)} modules, {self._source.kind})"
+            f"Aggregate({self.method.name}, {len(self.clients)} clients, "
+            f"{len(self.modules)} modules, {self._source.kind})"
         )
-
-    @property
-    def _largest_rank(self) -> int:
-        return max(client.rank for client in self._clients.values())
 
     def _slot(self, module: str) -> Slot:
         if module not in self._roster.slots:
             raise InvalidInput(
                 "no client has this module",
                 module=module,
-                expected=f"one of {len(self._modules)}, such as {self.modules[0]}",
+                expected=f"one of {len(self.modules)}, such as {self.modules[0]}",
             )
         return self._roster.slots[module][0]
 
-    def _new_writer(
-        self, handout: Handout, modules: dict[str, ModuleReport]
-    ) -> HandoutWriter:
+    def _new_writer(self, handout: Handout, modules: dict[str, ModuleReport]) -> HandoutWriter:
         limit = work_bytes()
         if self._options.max_memory is not None:
             limit = max(1, min(limit, self._options.max_memory - self._source.nbytes))
@@ -304,23 +278,19 @@ class Aggregate:
             self._options.settings,
             self._roster.sizes,
             modules,
-            self._watch,
-            self._peak,
+            self._log.watch,
+            self._log.peak,
             limit,
         )
-
-    def _stack_target(self) -> Target:
-        ranks = {module: entry.rank_sum for module, entry in self._modules.items()}
-        return for_stack(self._roster, ranks, self._options.dtype)
 
     def _targets(self, ranks: Iterable[int] | None) -> list[Target]:
         if ranks is not None:
             listed = check_ranks(ranks)
             for rank in listed:
-                self.method.handout.check_rank(rank, self._largest_rank)
+                self.method.handout.check_rank(rank, self._log.largest_rank)
             return all_ranks(self._roster, listed, self._options.dtype)
         if not self.method.handout.ranked:
-            return [self._stack_target()]
+            return [for_stack(self._roster, self._options.dtype)]
         return per_signature(self._roster, self._options.dtype)
 
     def _in_memory(self, writer: HandoutWriter, target: Target) -> Adapter:
@@ -339,15 +309,6 @@ class Aggregate:
         writer.write([target], [sink], keep=keep)
         return Adapter.from_flat(sink.flat, target.layout, target.config, name=target.name)
 
-    def _whole_tensors(self) -> dict[str, torch.Tensor]:
-        averages = {}
-        for key, (span, _) in self._roster.whole.items():
-            flat = torch.empty(span.count, dtype=span.dtype)
-            for begin, end, values in self._source.whole.blocks(key):
-                flat[begin:end].copy_(values)
-            averages[key] = flat.view(span.shape)
-        return averages
-
     def _check_base_unchanged(self) -> None:
         changed = self._roster.changes_base
         if changed is not None:
@@ -359,15 +320,3 @@ class Aggregate:
                 cure="Convert the adapters to plain LoRA first: "
                 "save_pretrained(path_initial_model_for_weight_conversion=...)",
             )
-
-
-def _module_reports(roster: Roster) -> dict[str, ModuleReport]:
-    reports = {
-        module: ModuleReport(module, slot.weight_shape, 0, 0)
-        for module, (slot, _) in roster.slots.items()
-    }
-    for member in roster.members.values():
-        for slot in member.layout.slots:
-            reports[slot.module].clients += 1
-            reports[slot.module].rank_sum += slot.rank
-    return reports

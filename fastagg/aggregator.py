@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from fastagg import methods
@@ -54,6 +54,7 @@ class Aggregator:
     """
 
     _accumulator: Accumulator
+    _plan: MemoryPlan
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class Aggregator:
         self.dtype = parse_dtype(dtype)
         self.max_memory = parse_bytes(max_memory)
         self.seed = int(seed)
-        self._check_accumulator()
+        self.method.check_accumulator(self.accumulator)
         self._reset()
 
     @property
@@ -134,7 +135,7 @@ class Aggregator:
             InvalidInput: the clients do not fit together.
             MemoryBudgetExceeded: the round does not fit into max_memory.
         """
-        return self._plan.choose(self._roster_of(clients))
+        return self._plan.choose(self._new_roster().with_headers(clients))
 
     def expect(self, clients: Iterable[tuple[str, Layout, AdapterConfig]]) -> None:
         """Settles the accumulator for a round whose clients are all known, before the first.
@@ -149,9 +150,10 @@ class Aggregator:
                 expected="an aggregator without clients",
                 got=f"{len(self._roster)} clients",
             )
-        roster = self._roster_of(clients)
+        roster = self._new_roster().with_headers(clients)
         accumulator, _ = self._plan.choose(roster)
         self._reset(accumulator)
+        self._plan = replace(self._plan, settled=True)
         if isinstance(self._accumulator, MeanAccumulator):
             sizes = roster.sizes
             self._accumulator.reserve(
@@ -256,14 +258,6 @@ class Aggregator:
     def _new_roster(self) -> Roster:
         return Roster(equal_ranks=self.method.equal_ranks, method=self.method.name)
 
-    def _roster_of(self, clients: Iterable[tuple[str, Layout, AdapterConfig]]) -> Roster:
-        roster = self._new_roster()
-        nothing = np.zeros(0)
-        for client, layout, config in clients:
-            roster.check(client, layout, config)
-            roster.admit(Member(client, 0.0, layout, config, nothing, 0.0))
-        return roster
-
     def _empty_dense(self) -> DenseAccumulator:
         return DenseAccumulator(self.device, self.missing, self._plan.fold_limit)
 
@@ -302,21 +296,6 @@ class Aggregator:
                 f"an update was interrupted ({self._interrupted}) while it was being added to the "
                 "sums, which are worth nothing now. Load a saved state, or start the round again"
             )
-
-    def _check_accumulator(self) -> None:
-        if self.accumulator == "auto" or self.accumulator in self.method.accumulators:
-            return
-        reasons: dict[tuple[str, ...], str] = {
-            ("stack",): "it hands out the clients' own factors, which dW does not keep",
-            ("means",): "it averages the factors, for which running sums are enough",
-        }
-        raise InvalidInput(
-            f"method {self.method.name} cannot use this accumulator: "
-            f"{reasons.get(self.method.accumulators, 'it keeps another state')}",
-            field="accumulator",
-            expected="'auto'" if self.method.accumulators == ("means",) else "'auto' or 'stack'",
-            got=repr(self.accumulator),
-        )
 
     def _check_like(self, other: Aggregator) -> None:
         for field in ("method", "missing", "accumulator", "route", "dtype", "seed"):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from fastagg.accumulators import Source
+from fastagg.accumulators import Source, WholeAverages
 from fastagg.checkpoint import Change
 from fastagg.checkpoint.deltas import Delta, check_mergeable, oriented
 from fastagg.checkpoint.keys import KeyIndex
@@ -156,24 +156,32 @@ def as_change(
     name: str,
     add_delta: Callable[..., None],
     slots: Sequence[Slot],
-    averages: Mapping[str, torch.Tensor],
+    averages: WholeAverages,
+    whole: Sequence[TensorSpan],
 ) -> Change:
     """An aggregate as a checkpoint merge takes it.
 
     Args:
         add_delta: (module, matrix, transposed=...) adds dW into a matrix in place.
-        averages: key -> averaged whole tensor.
+        averages, whole: of the whole tensors, and what they are.
     """
 
     def adder(module: str) -> Callable[[torch.Tensor, bool], None]:
         return lambda matrix, transposed: add_delta(module, matrix, transposed=transposed)
 
-    def parameters(inside: bool) -> dict[str, torch.Tensor]:
+    def tensors(inside: bool) -> dict[str, torch.Tensor]:
         return {
-            TensorSpan(key, 0, (), value.dtype).parameter: value
-            for key, value in averages.items()
-            if (".base_layer." in key) == inside
+            span.parameter: _average(averages, span)
+            for span in whole
+            if (".base_layer." in span.key) == inside
         }
 
     deltas = [replace(_delta(slot), add=adder(slot.module)) for slot in slots]
-    return Change(name, deltas, whole=parameters(False), base=parameters(True))
+    return Change(name, deltas, whole=tensors(False), base=tensors(True))
+
+
+def _average(averages: WholeAverages, span: TensorSpan) -> torch.Tensor:
+    flat = torch.empty(span.count, dtype=span.dtype)
+    for begin, end, values in averages.blocks(span.key):
+        flat[begin:end].copy_(values)
+    return flat.view(span.shape)

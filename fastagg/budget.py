@@ -13,7 +13,6 @@ from fastagg.errors import InvalidInput, MemoryBudgetExceeded
 __all__ = [
     "CHUNK_BYTES",
     "PeakMemory",
-    "decomposition_bytes",
     "format_bytes",
     "parse_bytes",
     "require",
@@ -22,7 +21,7 @@ __all__ = [
 ]
 
 # Slabs of the clients that are being folded into sums at a time.
-CHUNK_BYTES = 24 << 20
+CHUNK_BYTES = 12 << 20
 
 _WORK_BYTES = 96 << 20
 _WORK_BYTES_A_THREAD = 12 << 20
@@ -101,17 +100,6 @@ def work_bytes() -> int:
 def slab_bytes(rows: int, m: int, n: int, itemsize: int) -> int:
     """Bytes of one module's slabs: A (rows, n) and B transposed (rows, m)."""
     return rows * (m + n) * itemsize
-
-
-def decomposition_bytes(rows: int, m: int, n: int, rank: int) -> int:
-    """Bytes that the truncated SVD of one module takes beside its slabs, from above.
-
-    The fp32 outputs; the float64 copies of a panel and the R x R problems of the exact routes, or
-    the test and range matrices of l = 2 rank columns of the randomized one.
-    """
-    columns = min(rows, 2 * rank) if rows else 2 * rank
-    outputs = rank * (m + n + 1) * 4
-    return outputs + 8 * columns * (m + n) + 8 * 6 * min(rows, 1024) ** 2
 
 
 def anonymous_bytes() -> int | None:

@@ -69,8 +69,12 @@ class Handout(Protocol):
     def check_rank(self, rank: int, largest: int) -> None:
         """Refuses a rank that it cannot hand out; ``largest`` is the largest of the clients'."""
 
-    def forms(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> int:
-        """Bytes of dW that ``factor`` forms for a module; 0 as a rule."""
+    def work_bytes(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> int:
+        """Bytes that ``factor`` takes for a module from above, its result included.
+
+        Args:
+            rows: of its slabs; 0 where dW itself is held.
+        """
 
     def factor(self, chunk: Chunk, width: int, settings: Settings) -> Factored:
         """The factorisation of a chunk, for ranks up to ``width``.
@@ -89,12 +93,24 @@ class TruncatedSVD:
     def check_rank(self, rank: int, largest: int) -> None:
         """Every rank will do."""
 
-    def forms(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> int:
-        """dW, where the route is dense and the accumulator is not."""
+    def work_bytes(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> int:
+        """As measured: R x R problems, sketches of 2 r columns, float64 copies, dW."""
+        columns = min(2 * rank, m, n)
+        result = 4 * rank * (m + n + 1)
+        sketch = 16 * columns * (m + n)
+        if not rows:
+            return result + sketch
         route = settings.route
-        if rows and route == "auto":
+        if route == "auto":
             route = linalg.fastest_route(m, n, rows, 2 * rank)
-        return 4 * m * n if rows and route == "dense" else 0
+        small = 8 * 14 * rows**2
+        copies = 16 * rows * (m + n)
+        return result + {
+            "gram": small,
+            "qr": small + 2 * copies,
+            "randomized": sketch,
+            "dense": 4 * m * n + copies + sketch,
+        }[route]
 
     def factor(self, chunk: Chunk, width: int, settings: Settings) -> Factored:
         """One decomposition at the largest rank, which serves every smaller one."""
@@ -152,9 +168,9 @@ class FirstRows:
                 cure="Use method zeropad, which hands out the first rows, or flexlora",
             )
 
-    def forms(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> int:
-        """Nothing."""
-        return 0
+    def work_bytes(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> int:
+        """Gram matrices, B once more, the sums' quotients, and what the allocator holds back."""
+        return 8 * 4 * rows**2 + 4 * rows * (4 * m + 3 * n + 2)
 
     def factor(self, chunk: Chunk, width: int, settings: Settings) -> Factored:
         """The mean factors as they are: U = B, S = 1, Vt = A."""
@@ -195,9 +211,9 @@ class ClientStack:
             cure="Take .stacked(), or aggregate with method flexlora to truncate it",
         )
 
-    def forms(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> int:
-        """Nothing."""
-        return 0
+    def work_bytes(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> int:
+        """B once more, and what the allocator was seen to hold back."""
+        return 4 * rows * (2 * m + n + 2)
 
     def factor(self, chunk: Chunk, width: int, settings: Settings) -> Factored:
         """U = [B_1 ..], S = 1, Vt = [p_1 s_1 A_1; ..]."""

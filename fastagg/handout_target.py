@@ -73,8 +73,9 @@ def for_rank(roster: Roster, rank: int, dtype: torch.dtype | None) -> Target:
     return _of_all(roster, f"rank-{rank}", ranks, common, dtype or _common_dtype(roster))
 
 
-def for_stack(roster: Roster, ranks: Mapping[str, int], dtype: torch.dtype | None) -> Target:
+def for_stack(roster: Roster, dtype: torch.dtype | None) -> Target:
     """The stack of all clients: the ranks of their modules added up, scaling 1, float32."""
+    ranks = {module: size.rank_sum for module, size in roster.sizes.items()}
     scalings = dict.fromkeys(ranks, 1.0)
     target = _of_all(roster, "stacked", ranks, scalings, dtype or torch.float32)
     return replace(target, clients=tuple(member.client for member in roster.sorted()))

@@ -8,7 +8,7 @@ import torch
 
 from fastagg import ops
 from fastagg.accumulators import Source
-from fastagg.budget import PeakMemory, decomposition_bytes, slab_bytes
+from fastagg.budget import PeakMemory, slab_bytes
 from fastagg.errors import InvalidInput
 from fastagg.handout import Factored, Handout, Settings
 from fastagg.handout_parcel import Parcel, split_by_target
@@ -26,15 +26,21 @@ Progress = Callable[[int, int, str], None]
 
 
 def module_bytes(
-    handout: Handout, settings: Settings, m: int, n: int, rows: int, width: int
+    handout: Handout,
+    settings: Settings,
+    m: int,
+    n: int,
+    rows: int,
+    width: int,
+    itemsize: int = 4,
 ) -> int:
     """Bytes that handing out one module takes, from above.
 
-    Its slabs of so many rows, its decomposition at the rank ``width``, and an adapter of that rank.
+    Its slabs of so many rows, its factorisation at the rank ``width``, and an adapter of that rank.
     """
     rank = min(width, m, n) if handout.ranked else width
-    work = decomposition_bytes(rows, m, n, rank) + handout.forms(m, n, rows, rank, settings)
-    return slab_bytes(rows, m, n, 4) + work + slab_bytes(width, m, n, 4)
+    work = handout.work_bytes(m, n, rows, rank, settings)
+    return slab_bytes(rows, m, n, itemsize) + work + slab_bytes(width, m, n, 4)
 
 
 def width_of(handout: Handout, size: ModuleSize) -> int:
@@ -75,24 +81,36 @@ class HandoutWriter:
         self._modules = modules
         self._watch = watch
         self._peak = peak
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         self._held: dict[tuple[int, int, int], Factored] = {}
 
     def parts(self) -> Iterator[tuple[int, int, int]]:
         """The modules, split into what is computed at a time: (bucket, lo, hi)."""
+        threads = torch.get_num_threads()
         for bucket, width in enumerate(self._widths):
             needs = self._module_bytes(bucket, width)
-            lo = largest = 0
-            for place, need in enumerate(needs):
-                largest = max(largest, need)
-                if place > lo and (place + 1 - lo) * largest > self.limit:
-                    yield bucket, lo, place
-                    lo, largest = place, need
-            yield bucket, lo, len(needs)
+            lo = 0
+            while lo < len(needs):
+                hi, largest = lo, 0
+                while hi < len(needs):
+                    largest = max(largest, needs[hi])
+                    if hi > lo and (hi + 1 - lo) * largest > self.limit:
+                        # Every thread gets as many modules as the others.
+                        hi -= (hi - lo) % threads if hi - lo > threads else 0
+                        break
+                    hi += 1
+                yield bucket, lo, hi
+                lo = hi
 
     def workspace_bytes(self, targets: Sequence[Target] = ()) -> int:
         """Bytes that the work on one module takes at least, from above."""
         widths = self._widths_for(targets)
         return max(max(self._module_bytes(*item)) for item in enumerate(widths))
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the factorisations that are held."""
+        return sum(factored.u.nbytes + factored.vt.nbytes for factored in self._held.values())
 
     def factors_bytes(self, targets: Sequence[Target] = ()) -> int:
         """Bytes of the factorisations of all modules, as :meth:`write` with ``keep`` holds them."""
@@ -114,8 +132,9 @@ class HandoutWriter:
 
     def _module_bytes(self, bucket: int, width: int) -> list[int]:
         shape = self.source.index.buckets[bucket]
+        itemsize = self.source.itemsize(bucket) if self.handout.ranked else 4
         return [
-            module_bytes(self.handout, self.settings, shape.m, shape.n, rows, width)
+            module_bytes(self.handout, self.settings, shape.m, shape.n, rows, width, itemsize)
             for rows in self.source.rows(bucket)
         ]
 
@@ -157,6 +176,7 @@ class HandoutWriter:
             done += hi - lo
             if progress is not None:
                 progress(done, len(index), index.buckets[bucket].modules[hi - 1])
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         with self._watch.stage("redistribute"):
             self._write_whole(targets, sinks)
 
@@ -174,7 +194,10 @@ class HandoutWriter:
         targets: Sequence[Target],
         sinks: Sequence[Sink],
     ) -> None:
-        buffer = torch.empty(parcel.nbytes, dtype=torch.uint8)
+        if parcel.nbytes > self._buffer.numel():
+            # Kept for the next parts: the allocator would only pile up holes of this size.
+            self._buffer = torch.empty(parcel.nbytes, dtype=torch.uint8)
+        buffer = self._buffer[: parcel.nbytes]
         ops.redistribute_(
             [buffer],
             factored.u.cpu(),

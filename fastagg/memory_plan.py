@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumulator
 from fastagg.accumulators.whole import WholeSums
@@ -50,12 +50,14 @@ class MemoryPlan:
     Attributes:
         budget: bytes that accumulator and workspace may take together; None: any.
         mode: "auto", "stack" or "dense", as the user chose.
+        settled: the round's clients are all known, and what they need in the end was found to fit.
     """
 
     method: Method
     settings: Settings
     budget: int | None
     mode: str
+    settled: bool = False
 
     @property
     def fold_limit(self) -> int:
@@ -90,6 +92,9 @@ class MemoryPlan:
             MemoryBudgetExceeded: nothing fits; ``needed`` is the least that would.
         """
         needs = self._needs(roster, layouts)
+        if self.settled:
+            # The work beside a part of the clients may exceed that in the end: routes change.
+            needs = replace(needs, stack_work=0, dense_work=0, means_work=0)
         if isinstance(accumulator, MeanAccumulator):
             widths = roster.widths_with(layouts)
             work = max(needs.means_work, accumulator.growing_bytes(widths))

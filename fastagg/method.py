@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastagg.errors import InvalidInput
 from fastagg.handout import Handout
 from fastagg.weighting import Weighting
 
@@ -32,3 +33,24 @@ class Method:
     accumulators: tuple[str, ...]
     handout: Handout
     equal_ranks: bool = False
+
+    def check_accumulator(self, kind: str) -> None:
+        """Whether a user may ask for this accumulator.
+
+        Raises:
+            InvalidInput: the method cannot use it.
+        """
+        if kind == "auto" or kind in self.accumulators:
+            return
+        reasons: dict[tuple[str, ...], str] = {
+            ("stack",): "it hands out the clients' own factors, which dW does not keep",
+            ("means",): "it averages the factors, for which running sums are enough",
+        }
+        usable = [repr(other) for other in ("auto", *self.accumulators) if other != "means"]
+        raise InvalidInput(
+            f"method {self.name} cannot use this accumulator: "
+            f"{reasons.get(self.accumulators, 'it keeps another state')}",
+            field="accumulator",
+            expected=" or ".join(usable),
+            got=repr(kind),
+        )

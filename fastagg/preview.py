@@ -85,7 +85,7 @@ def preview(
     accumulator, memory = round_.plan()
     roster = round_.roster()
     modules = _modules(roster, aggregator, accumulator)
-    targets = _targets(roster, aggregator, ranks, modules)
+    targets = _targets(roster, aggregator, ranks)
     return Preview(
         method=round_.method.name,
         out=os.fspath(out),
@@ -127,10 +127,7 @@ def _route(aggregator: Aggregator, accumulator: str, m: int, n: int, rank_sum: i
 
 
 def _targets(
-    roster: Roster,
-    aggregator: Aggregator,
-    ranks: Sequence[int] | None,
-    modules: Sequence[ModulePreview],
+    roster: Roster, aggregator: Aggregator, ranks: Sequence[int] | None
 ) -> list[Target]:
     handout = aggregator.method.handout
     if ranks is not None:
@@ -138,7 +135,7 @@ def _targets(
             handout.check_rank(rank, max(member.rank for member in roster.sorted()))
         return all_ranks(roster, ranks, aggregator.dtype)
     if not handout.ranked:
-        return [for_stack(roster, {m.module: m.rank_sum for m in modules}, aggregator.dtype)]
+        return [for_stack(roster, aggregator.dtype)]
     return per_signature(roster, aggregator.dtype)
 
 

@@ -125,6 +125,18 @@ class Roster:
             for span in member.layout.whole:
                 self.whole.setdefault(span.key, (span, member.client))
 
+    def with_headers(self, clients: Iterable[tuple[str, Layout, AdapterConfig]]) -> Roster:
+        """This roster with members of which only (id, layout, config) is known.
+
+        Raises:
+            InvalidInput: they do not fit together.
+        """
+        nothing = np.zeros(0)
+        for client, layout, config in clients:
+            self.check(client, layout, config)
+            self.admit(Member(client, 0.0, layout, config, nothing, 0.0))
+        return self
+
     def sizes_with(self, layouts: Iterable[Layout]) -> Iterable[ModuleSize]:
         """The sizes of all modules once clients of these layouts are added."""
         return self._sizes_with(layouts).values()

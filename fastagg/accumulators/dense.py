@@ -116,6 +116,10 @@ class DenseSource:
         """0 for each module: there are no slabs."""
         return [0] * len(self.index.buckets[bucket].modules)
 
+    def itemsize(self, bucket: int) -> int:
+        """Bytes of a number of a bucket's slabs."""
+        return 4
+
     def load(self, bucket: int, lo: int, hi: int) -> Chunk:
         """dW of some modules, as a view."""
         shape = self.index.buckets[bucket]

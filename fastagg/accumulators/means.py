@@ -170,17 +170,22 @@ class MeanSource:
         """Rows of each module's slabs."""
         return [self._rows(bucket)] * len(self.index.buckets[bucket].modules)
 
+    def itemsize(self, bucket: int) -> int:
+        """Bytes of a number of a bucket's slabs."""
+        return 4
+
     def load(self, bucket: int, lo: int, hi: int) -> Chunk:
         """The mean factors of some modules in float32."""
-        shape, sums = self.index.buckets[bucket], self._sums[bucket]
+        shape, sums, rows = self.index.buckets[bucket], self._sums[bucket], self._rows(bucket)
         modules = shape.modules[lo:hi]
-        totals = torch.tensor([self._totals.total[name] for name in modules], dtype=torch.float64)
-        divisor = totals.to(sums.a.device)[:, None, None]
-        padding = (0, 0, 0, self._rows(bucket) - sums.a.shape[1])
+        rank = sums.a.shape[1]
         a, bt = (
-            torch.nn.functional.pad((total[lo:hi] / divisor).float(), padding)
-            for total in (sums.a, sums.bt)
+            torch.zeros(hi - lo, rows, length, dtype=torch.float32, device=sums.a.device)
+            for length in (shape.n, shape.m)
         )
+        for place, module in enumerate(modules):  # the quotients of one module at a time in float64
+            a[place, :rank] = sums.a[lo + place] / self._totals.total[module]
+            bt[place, :rank] = sums.bt[lo + place] / self._totals.total[module]
         return Chunk(modules, shape.m, shape.n, np.array(sums.ranks[lo:hi]), a, bt)
 
     def stacked(self, bucket: int, lo: int, hi: int) -> Chunk:

@@ -147,6 +147,9 @@ class Source(Protocol):
     def rows(self, bucket: int) -> list[int]:
         """Rows of the slabs of each module of a bucket; 0 where dW itself is held."""
 
+    def itemsize(self, bucket: int) -> int:
+        """Bytes of a number of a bucket's slabs."""
+
     def load(self, bucket: int, lo: int, hi: int) -> Chunk:
         """The aggregate of the modules lo .. hi - 1 of a bucket."""
 

@@ -87,6 +87,10 @@ class StackSource:
         """Rows of each module's slabs."""
         return [padded(rank) for rank in self._plans[bucket].ranks.tolist()]
 
+    def itemsize(self, bucket: int) -> int:
+        """Bytes of a number of a bucket's slabs."""
+        return self._dtypes[bucket].itemsize
+
     def load(self, bucket: int, lo: int, hi: int) -> Chunk:
         """The stack of some modules, in the factors' own dtype, its coefficients beside it."""
         return stack_part(
