@@ -69,6 +69,9 @@ class Handout(Protocol):
     def check_rank(self, rank: int, largest: int) -> None:
         """Refuses a rank that it cannot hand out; ``largest`` is the largest of the clients'."""
 
+    def route(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> str:
+        """How ``factor`` will compute a module, as reports say it; the arguments of work_bytes."""
+
     def work_bytes(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> int:
         """Bytes that ``factor`` takes for a module from above, its result included.
 
@@ -93,6 +96,14 @@ class TruncatedSVD:
     def check_rank(self, rank: int, largest: int) -> None:
         """Every rank will do."""
 
+    def route(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> str:
+        """The route asked for, or the one that the cost model takes."""
+        if not rows:
+            return "dense"
+        if settings.route != "auto":
+            return settings.route
+        return linalg.fastest_route(m, n, rows, 2 * rank)
+
     def work_bytes(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> int:
         """As measured: R x R problems, sketches of 2 r columns, float64 copies, dW."""
         columns = min(2 * rank, m, n)
@@ -100,9 +111,6 @@ class TruncatedSVD:
         sketch = 16 * columns * (m + n)
         if not rows:
             return result + sketch
-        route = settings.route
-        if route == "auto":
-            route = linalg.fastest_route(m, n, rows, 2 * rank)
         small = 8 * 14 * rows**2
         copies = 16 * rows * (m + n)
         return result + {
@@ -110,7 +118,7 @@ class TruncatedSVD:
             "qr": small + 2 * copies,
             "randomized": sketch,
             "dense": 4 * m * n + copies + sketch,
-        }[route]
+        }[self.route(m, n, rows, rank, settings)]
 
     def factor(self, chunk: Chunk, width: int, settings: Settings) -> Factored:
         """One decomposition at the largest rank, which serves every smaller one."""
@@ -168,6 +176,10 @@ class FirstRows:
                 cure="Use method zeropad, which hands out the first rows, or flexlora",
             )
 
+    def route(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> str:
+        """Nothing is decomposed."""
+        return "first rows"
+
     def work_bytes(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> int:
         """Gram matrices, B once more, the sums' quotients, and what the allocator holds back."""
         return 8 * 4 * rows**2 + 4 * rows * (4 * m + 3 * n + 2)
@@ -210,6 +222,10 @@ class ClientStack:
             got=rank,
             cure="Take .stacked(), or aggregate with method flexlora to truncate it",
         )
+
+    def route(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> str:
+        """Nothing is decomposed."""
+        return "stack"
 
     def work_bytes(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> int:
         """B once more, and what the allocator was seen to hold back."""

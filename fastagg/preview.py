@@ -10,9 +10,8 @@ from typing import Any
 
 from fastagg.aggregator import Aggregator
 from fastagg.folders import FolderRound
-from fastagg.handout import ClientStack, TruncatedSVD
+from fastagg.handout import Settings
 from fastagg.handout_target import Target, all_ranks, for_stack, per_signature
-from fastagg.linalg import fastest_route
 from fastagg.plan import padded
 from fastagg.report import SkippedClient
 from fastagg.roster import Roster
@@ -108,22 +107,11 @@ def _modules(roster: Roster, aggregator: Aggregator, accumulator: str) -> list[M
     for module, (slot, _) in sorted(roster.slots.items()):
         ranks = ranks_of[module]
         rank = min(max(ranks), slot.m, slot.n)
-        route = _route(aggregator, accumulator, slot.m, slot.n, sum(ranks), rank)
+        rows = 0 if accumulator == "dense" else padded(sum(ranks))
+        settings = Settings(aggregator.route, aggregator.seed)
+        route = aggregator.method.handout.route(slot.m, slot.n, rows, rank, settings)
         found.append(ModulePreview(module, slot.weight_shape, len(ranks), sum(ranks), route))
     return found
-
-
-def _route(aggregator: Aggregator, accumulator: str, m: int, n: int, rank_sum: int, rank: int) -> str:
-    handout = aggregator.method.handout
-    if isinstance(handout, ClientStack):
-        return "stack"
-    if not isinstance(handout, TruncatedSVD):
-        return "first rows"
-    if accumulator == "dense":
-        return "dense"
-    if aggregator.route != "auto":
-        return aggregator.route
-    return fastest_route(m, n, padded(rank_sum), 2 * rank)
 
 
 def _targets(
