@@ -15,10 +15,10 @@ CXX_SOURCES := $(shell find csrc python_tests/csrc -name '*.cpp' -o -name '*.h')
 .PHONY: demo test lint bench build clean
 
 demo: build
-	$(BIN)/fastagg demo --out demo-out --force
+	$(BIN)/fastagg demo --out demo-out
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 lint: build
 	$(BIN)/ruff check .
