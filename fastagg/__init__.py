@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastagg.factors import reconstruct as reconstruct
     from fastagg.factors import stack as stack
     from fastagg.linalg import truncated_svd as truncated_svd
-    from fastagg.rounds import aggregate as aggregate
+    from fastagg.rounds.one_call import aggregate as aggregate
     from fastagg.update import ClientUpdate as ClientUpdate
 
 try:
@@ -37,7 +37,7 @@ _HOMES = {
     "FastAggError": "errors",
     "InvalidInput": "errors",
     "MemoryBudgetExceeded": "errors",
-    "aggregate": "rounds",
+    "aggregate": "rounds.one_call",
     "reconstruct": "factors",
     "stack": "factors",
     "truncated_svd": "linalg",

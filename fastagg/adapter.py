@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from fastagg.adapter_folder import (
+from fastagg.errors import InvalidInput
+from fastagg.peft_format.adapter_folder import (
     WEIGHTS_NAME,
     find_weights,
     new_folder,
     read_config,
     write_synced,
 )
-from fastagg.config import CONFIG_NAME, AdapterConfig
-from fastagg.errors import InvalidInput
-from fastagg.layout import Layout, Slot, TensorSpan, hash_of, packed
-from fastagg.safetensors_file import MappedFile, header_bytes, view
+from fastagg.peft_format.config import CONFIG_NAME, AdapterConfig
+from fastagg.peft_format.layout import Layout, Slot, TensorSpan, hash_of, packed
+from fastagg.peft_format.safetensors_file import MappedFile, header_bytes, view
 
 __all__ = ["WEIGHTS_NAME", "Adapter"]
 

@@ -12,12 +12,11 @@ import torch
 
 from fastagg.accumulators import Source
 from fastagg.adapter import Adapter
-from fastagg.budget import PeakMemory, require, work_bytes
 from fastagg.errors import InvalidInput
-from fastagg.handout import ClientStack, Handout, Settings
-from fastagg.handout_folder import CLIENTS_NAME, REPORT_NAME, handout_folder
-from fastagg.handout_sink import MemorySink
-from fastagg.handout_target import (
+from fastagg.handouts.choices import ClientStack, Handout, Settings
+from fastagg.handouts.folder import CLIENTS_NAME, REPORT_NAME, handout_folder
+from fastagg.handouts.sink import MemorySink
+from fastagg.handouts.target import (
     Target,
     all_ranks,
     check_ranks,
@@ -26,12 +25,13 @@ from fastagg.handout_target import (
     for_stack,
     per_signature,
 )
-from fastagg.handout_writer import HandoutWriter, Progress
-from fastagg.layout import Slot
+from fastagg.handouts.writer import HandoutWriter, Progress
 from fastagg.method import Method
+from fastagg.peft_format.layout import Slot
 from fastagg.report import ModuleReport, Report, SkippedClient, Stopwatch
-from fastagg.roster import Roster
-from fastagg.round_log import RoundLog, module_reports
+from fastagg.rounds.budget import PeakMemory, require, work_bytes
+from fastagg.rounds.log import RoundLog, module_reports
+from fastagg.rounds.roster import Roster
 
 if TYPE_CHECKING:
     from fastagg.checkpoint import Change
@@ -187,7 +187,7 @@ class Aggregate:
             InvalidInput: a module that the base lacks, another shape, a quantised weight, or
                 adapters whose initialisation moved a part of the base weights into them.
         """
-        from fastagg.base_weights import add_to_base
+        from fastagg.rounds.base_weights import add_to_base
 
         self._check_base_unchanged()
         slots = [slot for slot, _ in self._roster.slots.values()]
@@ -196,7 +196,7 @@ class Aggregate:
 
     def change(self) -> Change:
         """What :func:`fastagg.checkpoint.merge_into_checkpoint` takes: deltas read as they merge."""
-        from fastagg.base_weights import as_change
+        from fastagg.rounds.base_weights import as_change
 
         self._check_base_unchanged()
         slots = [slot for slot, _ in self._roster.slots.values()]

@@ -12,16 +12,17 @@ import torch
 from fastagg import methods
 from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumulator
 from fastagg.aggregation import Aggregate, HandoutOptions
-from fastagg.budget import PeakMemory, parse_bytes
-from fastagg.config import AdapterConfig
+from fastagg.byte_sizes import parse_bytes
 from fastagg.errors import FastAggError, InvalidInput
-from fastagg.handout import Settings
-from fastagg.layout import Layout
-from fastagg.memory_plan import Accumulator, MemoryPlan
+from fastagg.handouts.choices import Settings
 from fastagg.method import Method
-from fastagg.options import check_choice, parse_device, parse_dtype
+from fastagg.peft_format.config import AdapterConfig
+from fastagg.peft_format.layout import Layout
 from fastagg.report import Stopwatch
-from fastagg.roster import Member, Roster
+from fastagg.rounds.budget import PeakMemory
+from fastagg.rounds.memory_plan import Accumulator, MemoryPlan
+from fastagg.rounds.options import check_choice, parse_device, parse_dtype
+from fastagg.rounds.roster import Member, Roster
 from fastagg.update import ClientUpdate
 
 __all__ = ["Aggregator"]
@@ -214,7 +215,7 @@ class Aggregator:
         A flat dictionary of tensors and one JSON text. Sums are copied, since later clients change
         them; the clients' buffers, which never change, are not.
         """
-        from fastagg.round_state import dump
+        from fastagg.rounds.state import dump
 
         self._check_usable()
         return dump(self.method.name, self.missing, self._roster, self._accumulator)
@@ -226,7 +227,7 @@ class Aggregator:
             InvalidInput: not such a state, a damaged one, or one of another method or another
                 ``missing``; nothing is changed then.
         """
-        from fastagg.round_state import load
+        from fastagg.rounds.state import load
 
         roster = self._new_roster()
         accumulator = load(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastagg.errors import InvalidInput
-from fastagg.handout import Handout
-from fastagg.weighting import Weighting
+from fastagg.handouts.choices import Handout
+from fastagg.rounds.weighting import Weighting
 
 __all__ = ["Method"]
 

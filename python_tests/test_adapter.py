@@ -12,8 +12,8 @@ import torch
 from adapters import MODULES, Tiny, make_adapter, make_config, make_state_dict, same_bits
 
 from fastagg.adapter import Adapter
-from fastagg.config import AdapterConfig
 from fastagg.errors import InvalidInput
+from fastagg.peft_format.config import AdapterConfig
 
 TARGETS = ["embed", "blocks.0", "blocks.1", "conv1", "conv2", "conv3"]
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import fastagg
 from fastagg import Aggregator, ClientUpdate
-from fastagg.budget import parse_bytes
+from fastagg.byte_sizes import parse_bytes
 from fastagg.errors import FastAggError, InvalidInput, MemoryBudgetExceeded
 
 METHODS = ["flora", "flexlora", "zeropad", "hetlora"]
@@ -309,7 +309,7 @@ def test_a_stack_joins_sums(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under "auto" one server may have changed to dense already when the other has not."""
     clients = mixed_round(seed)
     stack, dense = added(clients[:2]), Aggregator()
-    monkeypatch.setattr("fastagg.memory_plan.WORTH_CHANGING", 0)
+    monkeypatch.setattr("fastagg.rounds.memory_plan.WORTH_CHANGING", 0)
     many = [client(f"d{k:02}", 16, seed=seed + k) for k in range(12)]
     for each in many:
         dense.add(each.update)
@@ -469,7 +469,7 @@ def test_a_refused_add_names_the_figure_and_changes_nothing(seed: int) -> None:
 def test_the_stack_changes_to_dense_where_that_is_smaller(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastagg.memory_plan.WORTH_CHANGING", 0)
+    monkeypatch.setattr("fastagg.rounds.memory_plan.WORTH_CHANGING", 0)
     dense = sum(m * n * 4 for m, n in SHAPES.values())
     aggregator, clients = Aggregator(), []
     for k in range(20):

@@ -19,9 +19,9 @@ from typer.testing import CliRunner, Result
 
 from fastagg.adapter import Adapter
 from fastagg.cli.app import app
-from fastagg.folders import aggregate_folders, client_folders
+from fastagg.folders.rounds import aggregate_folders, client_folders
+from fastagg.folders.weights_file import client_weights, read_weights
 from fastagg.report import Report
-from fastagg.weights_file import client_weights, read_weights
 
 RANKS = {"anna": 2, "ben": 8, "cleo": 4}
 WEIGHTS = {"anna": 100.0, "ben": 300.0, "cleo": 50.0}
@@ -324,7 +324,7 @@ class TestUsage:
         def broken(*_: object, **__: object) -> None:
             raise RuntimeError("wires\ncrossed")
 
-        monkeypatch.setattr("fastagg.inspection.measure", broken)
+        monkeypatch.setattr("fastagg.folders.inspection.measure", broken)
         refused(fastagg("inspect", clients[0]), 1, "wires crossed", "FASTAGG_TRACEBACK")
         monkeypatch.setenv("FASTAGG_TRACEBACK", "1")
         assert isinstance(fastagg("inspect", clients[0]).exception, RuntimeError)

@@ -13,8 +13,8 @@ from adapters import Tiny, make_config, make_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastagg.config import AdapterConfig
 from fastagg.errors import InvalidInput
+from fastagg.peft_format.config import AdapterConfig
 
 
 def parsed(**fields: Any) -> AdapterConfig:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from adapters import make_config
 
-from fastagg.config import AdapterConfig
-from fastagg.config_reader import HANDLED, HARMLESS, REFUSED
 from fastagg.errors import InvalidInput
+from fastagg.peft_format.config import AdapterConfig
+from fastagg.peft_format.config_reader import HANDLED, HARMLESS, REFUSED
 
 
 def parsed(**fields: Any) -> AdapterConfig:

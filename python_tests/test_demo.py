@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import _thread
 import hashlib
 import io
 import json
 import math
-import threading
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -199,15 +200,18 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_ctrl_c_ends_it_in_a_sentence(run: Run, tmp_path: Path) -> None:
-    text = io.StringIO()
-    timer = threading.Timer(0.3, _thread.interrupt_main)
-    timer.start()
-    with pytest.raises(SystemExit) as ended:
-        run_demo(tmp_path / "out", console=Console(file=text, width=120))
-    assert ended.value.code == 130
-    assert "Interrupted" in text.getvalue()
-    assert "Traceback" not in text.getvalue()
+def test_ctrl_c_ends_it_in_a_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastagg", "demo", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        text = first + process.stdout.read()
+    assert process.returncode == 130, text
+    assert "Interrupted" in text
+    assert "Traceback" not in text
 
 
 def test_corpus_is_ten_packages_whose_held_out_text_is_not_trained_on() -> None:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fastagg.adapter import Adapter
-from fastagg.config import AdapterConfig
-from fastagg.layout import DTYPE_CODES, Layout, TensorSpan, packed
-from fastagg.safetensors_file import map_file
+from fastagg.peft_format.config import AdapterConfig
+from fastagg.peft_format.layout import DTYPE_CODES, Layout, TensorSpan, packed
+from fastagg.peft_format.safetensors_file import map_file
 
 
 def test_slots_are_sorted_and_described() -> None:

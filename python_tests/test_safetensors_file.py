@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastagg.errors import InvalidInput
-from fastagg.safetensors_file import MappedFile, MappedWriter, map_file, view
+from fastagg.peft_format.safetensors_file import MappedFile, MappedWriter, map_file, view
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),

@@ -8,8 +8,8 @@ from typing import Generic, TypeVar
 import torch
 
 from fastagg.accumulators.source import Chunk, stack_part
-from fastagg.plan import Bucket, ModuleIndex
-from fastagg.roster import Float64Array, Member, promoted
+from fastagg.rounds.plan import Bucket, ModuleIndex
+from fastagg.rounds.roster import Float64Array, Member, promoted
 
 __all__ = ["Blocks"]
 

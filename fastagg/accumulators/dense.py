@@ -16,11 +16,11 @@ from fastagg.accumulators.blocks import Blocks
 from fastagg.accumulators.source import Chunk
 from fastagg.accumulators.weights import WeightUnit, check_totals
 from fastagg.accumulators.whole import SummedWhole, WholeSums
-from fastagg.budget import CHUNK_BYTES
 from fastagg.errors import InvalidInput
-from fastagg.layout import Layout
-from fastagg.plan import Bucket, WeightTotals
-from fastagg.roster import Member, Roster
+from fastagg.peft_format.layout import Layout
+from fastagg.rounds.budget import CHUNK_BYTES
+from fastagg.rounds.plan import Bucket, WeightTotals
+from fastagg.rounds.roster import Member, Roster
 
 __all__ = ["DenseAccumulator", "DenseSource"]
 

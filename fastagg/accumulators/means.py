@@ -19,10 +19,10 @@ from fastagg.accumulators.dense import shapes_of
 from fastagg.accumulators.source import Chunk
 from fastagg.accumulators.weights import check_totals
 from fastagg.accumulators.whole import SummedWhole, WholeSums
-from fastagg.budget import CHUNK_BYTES
 from fastagg.errors import InvalidInput
-from fastagg.plan import Bucket, WeightTotals, padded
-from fastagg.roster import Member, Roster
+from fastagg.rounds.budget import CHUNK_BYTES
+from fastagg.rounds.plan import Bucket, WeightTotals, padded
+from fastagg.rounds.roster import Member, Roster
 
 __all__ = ["FactorSums", "MeanAccumulator", "MeanSource"]
 

@@ -10,9 +10,9 @@ import torch
 from fastagg.accumulators.source import Chunk, stack_part
 from fastagg.accumulators.weights import check_totals
 from fastagg.accumulators.whole import HeldWhole
-from fastagg.layout import Slot
-from fastagg.plan import ModuleIndex, WeightTotals, padded
-from fastagg.roster import Float64Array, Member, Roster, promoted
+from fastagg.peft_format.layout import Slot
+from fastagg.rounds.plan import ModuleIndex, WeightTotals, padded
+from fastagg.rounds.roster import Float64Array, Member, Roster, promoted
 
 __all__ = ["StackAccumulator", "StackSource"]
 

@@ -13,8 +13,8 @@ import torch
 
 from fastagg.accumulators.weights import WeightUnit
 from fastagg.errors import InvalidInput
-from fastagg.layout import TensorSpan
-from fastagg.roster import Member
+from fastagg.peft_format.layout import TensorSpan
+from fastagg.rounds.roster import Member
 
 __all__ = ["HeldWhole", "SummedWhole", "WholeSums"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastagg.errors import InvalidInput
-from fastagg.layout import TensorSpan
-from fastagg.safetensors_file import MappedFile
+from fastagg.peft_format.layout import TensorSpan
+from fastagg.peft_format.safetensors_file import MappedFile
 
 _INDEX = ".safetensors.index.json"
 _CONFIG = "config.json"

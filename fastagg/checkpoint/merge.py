@@ -14,13 +14,13 @@ from typing import get_args
 import torch
 
 from fastagg.adapter import Adapter
-from fastagg.adapter_folder import new_folder
 from fastagg.checkpoint.files import Checkpoint
 from fastagg.checkpoint.targets import Change, Entry, Targets, Tied
 from fastagg.errors import InvalidInput
-from fastagg.layout import DTYPE_CODES
-from fastagg.output_folder import check_free, check_room
-from fastagg.safetensors_file import MappedWriter
+from fastagg.peft_format.adapter_folder import new_folder
+from fastagg.peft_format.layout import DTYPE_CODES
+from fastagg.peft_format.output_folder import check_free, check_room
+from fastagg.peft_format.safetensors_file import MappedWriter
 
 # done, total, what: bytes of tensors written so far, of all, and the file at hand.
 Progress = Callable[[int, int, str], None]

@@ -14,8 +14,8 @@ from fastagg.checkpoint.deltas import Delta, check_mergeable, of_adapter, orient
 from fastagg.checkpoint.files import Checkpoint
 from fastagg.checkpoint.keys import KeyIndex, is_head, tied_embedding
 from fastagg.errors import InvalidInput
-from fastagg.layout import TensorSpan
-from fastagg.safetensors_file import view
+from fastagg.peft_format.layout import TensorSpan
+from fastagg.peft_format.safetensors_file import view
 
 Tied = Literal["keep", "untie"]
 

@@ -199,7 +199,7 @@ def aggregate(
     if dry_run:
         _preview(folders, method, out, weights, wanted, skip_invalid, force, options, json_output)
         return
-    from fastagg.folders import aggregate_folders
+    from fastagg.folders.rounds import aggregate_folders
 
     with progress_bar() as progress:
         report = aggregate_folders(
@@ -233,9 +233,9 @@ def _preview(
     options: dict[str, Any],
     json_output: bool,
 ) -> None:
-    from fastagg.folders import FolderRound
-    from fastagg.output_folder import check_free, check_room
-    from fastagg.preview import preview
+    from fastagg.folders.preview import preview
+    from fastagg.folders.rounds import FolderRound
+    from fastagg.peft_format.output_folder import check_free, check_room
 
     check_free(out, force=force, reading=folders)
     round_ = FolderRound(folders, method=method, weights=weights, skip_invalid=skip_invalid, **options)

@@ -39,8 +39,8 @@ def inspect(
     import dataclasses
 
     from fastagg.adapter import Adapter
-    from fastagg.folders import client_folders
-    from fastagg.inspection import measure
+    from fastagg.folders.inspection import measure
+    from fastagg.folders.rounds import client_folders
 
     measured = []
     with progress_bar(wanted=len(folders) > 1 or spectrum) as progress:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastagg.folders import Progress
+    from fastagg.folders.rounds import Progress
 
 
 def print_json(document: Any) -> None:

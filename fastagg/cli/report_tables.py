@@ -9,11 +9,11 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from fastagg.budget import format_bytes
+from fastagg.byte_sizes import format_bytes
 from fastagg.cli.tables import facts, table
 
 if TYPE_CHECKING:
-    from fastagg.preview import ModulePreview, Preview
+    from fastagg.folders.preview import ModulePreview, Preview
     from fastagg.report import ModuleReport, Report
 
 # A dry run sums more modules than this up by shape and route.

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from fastagg.budget import format_bytes
+from fastagg.byte_sizes import format_bytes
 
 if TYPE_CHECKING:
     from fastagg.checkpoint import MergeReport
-    from fastagg.inspection import AdapterMeasures, ModuleMeasures
-    from fastagg.validation import Validation, Verdict
+    from fastagg.folders.inspection import AdapterMeasures, ModuleMeasures
+    from fastagg.folders.validation import Validation, Verdict
 
 _TITLE: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
 

@@ -16,7 +16,7 @@ def validate(folders: Folders, json_output: Json = False) -> None:
 
     Exit code 1 where any is invalid or they do not fit together.
     """
-    from fastagg.validation import validate_folders
+    from fastagg.folders.validation import validate_folders
 
     with progress_bar() as progress:
         validation = validate_folders(folders, progress=progress)

@@ -10,9 +10,9 @@ paper does not consider, s_k B_k takes the place of B_k, and each client gets it
 s_k; with one scaling for all that is the paper's average.
 """
 
-from fastagg.handout import FirstRows
+from fastagg.handouts.choices import FirstRows
 from fastagg.method import Method
-from fastagg.weighting import Examples
+from fastagg.rounds.weighting import Examples
 
 METHOD = Method(
     name="fedit",

@@ -9,9 +9,9 @@ By Eckart and Young s_k B_k A_k is the best rank-r_k approximation of dW in the 
 decomposition at the largest rank serves all clients, and dW is not formed for it.
 """
 
-from fastagg.handout import TruncatedSVD
+from fastagg.handouts.choices import TruncatedSVD
 from fastagg.method import Method
-from fastagg.weighting import Examples
+from fastagg.rounds.weighting import Examples
 
 METHOD = Method(
     name="flexlora",

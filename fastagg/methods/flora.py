@@ -10,9 +10,9 @@ fresh LoRA of its own rank. p_k s_k is multiplied into A in float32, so the stac
 another dtype is asked for: rounding the products to bfloat16 would cost the exactness.
 """
 
-from fastagg.handout import ClientStack
+from fastagg.handouts.choices import ClientStack
 from fastagg.method import Method
-from fastagg.weighting import Examples
+from fastagg.rounds.weighting import Examples
 
 METHOD = Method(
     name="flora",

@@ -12,9 +12,9 @@ number of examples does not enter, and a client of weight 0 takes no part. The r
 the paper is the clients' own work. Unlike scalings are treated as in FedIT.
 """
 
-from fastagg.handout import FirstRows
+from fastagg.handouts.choices import FirstRows
 from fastagg.method import Method
-from fastagg.weighting import Norms
+from fastagg.rounds.weighting import Norms
 
 METHOD = Method(
     name="hetlora",

@@ -9,9 +9,9 @@ Not exact: beside FedIT's cross terms, the rows that few clients own are shrunk 
 others. Unlike scalings are treated as in FedIT.
 """
 
-from fastagg.handout import FirstRows
+from fastagg.handouts.choices import FirstRows
 from fastagg.method import Method
-from fastagg.weighting import Examples
+from fastagg.rounds.weighting import Examples
 
 METHOD = Method(
     name="zeropad",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastagg.budget import PeakMemory
-from fastagg.handout_target import Target
+from fastagg.handouts.target import Target
 from fastagg.report import ClientReport, ModuleReport, Report, SkippedClient, Stopwatch
-from fastagg.roster import Roster
+from fastagg.rounds.budget import PeakMemory
+from fastagg.rounds.roster import Roster
 
 __all__ = ["RoundLog", "module_reports"]
 

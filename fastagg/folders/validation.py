@@ -13,7 +13,7 @@ import numpy as np
 
 from fastagg.adapter import Adapter
 from fastagg.errors import InvalidInput
-from fastagg.roster import Member, Roster
+from fastagg.rounds.roster import Member, Roster
 
 __all__ = ["Validation", "Verdict", "validate_folders"]
 
@@ -70,10 +70,10 @@ def validate_folders(
     """Read every number of every folder once, and compare the folders.
 
     Args:
-        folders: client id -> folder, or folders that :func:`fastagg.folders.client_folders` names.
+        folders: client id -> folder, or folders that :func:`.rounds.client_folders` names.
         progress: called with folders done, folders in all, and the client at hand.
     """
-    from fastagg.folders import client_folders
+    from fastagg.folders.rounds import client_folders
 
     named = folders if isinstance(folders, Mapping) else client_folders(folders)
     roster = Roster()

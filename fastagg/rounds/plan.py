@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from fastagg import _host
-from fastagg.layout import Layout
-from fastagg.roster import Float64Array, Member
+from fastagg.peft_format.layout import Layout
+from fastagg.rounds.roster import Float64Array, Member
 
 __all__ = ["ROW_MULTIPLE", "Bucket", "BucketPlan", "ModuleIndex", "WeightTotals", "padded", "stream_of"]
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from fastagg.safetensors_file import header_bytes
+from fastagg.peft_format.safetensors_file import header_bytes
 
 __all__ = ["FileSink", "MemorySink", "Sink"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastagg.config import AdapterConfig
 from fastagg.errors import InvalidInput
-from fastagg.layout import Layout, Slot, TensorSpan
+from fastagg.peft_format.config import AdapterConfig
+from fastagg.peft_format.layout import Layout, Slot, TensorSpan
 
 __all__ = ["Float64Array", "Member", "Roster"]
 
@@ -168,7 +168,7 @@ class Roster:
     @property
     def changes_base(self) -> str | None:
         """What fixes the base weights that all members trained on, where it is not the base model
-        alone; see :class:`fastagg.config.AdapterConfig`."""
+        alone; see :class:`fastagg.peft_format.config.AdapterConfig`."""
         return self._changed[0] if self._changed else None
 
     def _check_base(self, client: str, config: AdapterConfig) -> None:

@@ -9,11 +9,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastagg.adapter_folder import WEIGHTS_NAME, new_folder, write_synced
-from fastagg.config import CONFIG_NAME
-from fastagg.handout_sink import FileSink
-from fastagg.handout_target import Target
-from fastagg.output_folder import check_free, check_room
+from fastagg.handouts.sink import FileSink
+from fastagg.handouts.target import Target
+from fastagg.peft_format.adapter_folder import WEIGHTS_NAME, new_folder, write_synced
+from fastagg.peft_format.config import CONFIG_NAME
+from fastagg.peft_format.output_folder import check_free, check_room
 
 __all__ = ["CLIENTS_NAME", "REPORT_NAME", "HandoutFolder", "handout_folder"]
 

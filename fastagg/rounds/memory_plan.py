@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumulator
 from fastagg.accumulators.whole import WholeSums
-from fastagg.budget import CHUNK_BYTES, require
-from fastagg.handout import Settings
-from fastagg.handout_writer import module_bytes, width_of
-from fastagg.layout import Layout
+from fastagg.handouts.choices import Settings
+from fastagg.handouts.writer import module_bytes, width_of
 from fastagg.method import Method
-from fastagg.plan import padded
-from fastagg.roster import Roster
+from fastagg.peft_format.layout import Layout
+from fastagg.rounds.budget import CHUNK_BYTES, require
+from fastagg.rounds.plan import padded
+from fastagg.rounds.roster import Roster
 
 __all__ = ["Accumulator", "MemoryPlan"]
 

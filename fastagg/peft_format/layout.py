@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fastagg.config import AdapterConfig
+from fastagg.peft_format.config import AdapterConfig
 
 __all__ = ["DTYPE_CODES", "Layout", "Slot", "TensorSpan"]
 
@@ -128,7 +128,7 @@ class Layout:
             InvalidInput: a factor without its partner, ranks that contradict the configuration, a
                 dtype or a key that cannot be aggregated, or no factor at all.
         """
-        from fastagg.layout_reader import read_layout
+        from fastagg.peft_format.layout_reader import read_layout
 
         digest = digest or digest_of(spans, config)
         return _cached(digest, lambda: read_layout(spans, config, nbytes, digest, client))

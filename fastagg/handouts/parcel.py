@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fastagg.layout import DTYPE_CODES
-from fastagg.plan import Bucket, PlanPart
+from fastagg.peft_format.layout import DTYPE_CODES
+from fastagg.rounds.plan import Bucket, PlanPart
 
 __all__ = ["Parcel", "split_by_target"]
 

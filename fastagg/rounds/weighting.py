@@ -10,10 +10,10 @@ import torch
 
 from fastagg import ops
 from fastagg.accumulators.source import stack_part
-from fastagg.budget import CHUNK_BYTES
-from fastagg.layout import Layout
-from fastagg.plan import ModuleIndex
-from fastagg.roster import Float64Array, promoted
+from fastagg.peft_format.layout import Layout
+from fastagg.rounds.budget import CHUNK_BYTES
+from fastagg.rounds.plan import ModuleIndex
+from fastagg.rounds.roster import Float64Array, promoted
 
 __all__ = ["Examples", "Norms", "Weighting"]
 

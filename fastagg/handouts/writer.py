@@ -8,16 +8,16 @@ import torch
 
 from fastagg import ops
 from fastagg.accumulators import Source
-from fastagg.budget import PeakMemory, slab_bytes
 from fastagg.errors import InvalidInput
-from fastagg.handout import Factored, Handout, Settings
-from fastagg.handout_parcel import Parcel, split_by_target
-from fastagg.handout_sink import Sink
-from fastagg.handout_target import Target
-from fastagg.layout import TensorSpan
-from fastagg.plan import PlanPart
+from fastagg.handouts.choices import Factored, Handout, Settings
+from fastagg.handouts.parcel import Parcel, split_by_target
+from fastagg.handouts.sink import Sink
+from fastagg.handouts.target import Target
+from fastagg.peft_format.layout import TensorSpan
 from fastagg.report import ModuleReport, Stopwatch
-from fastagg.roster import ModuleSize
+from fastagg.rounds.budget import PeakMemory, slab_bytes
+from fastagg.rounds.plan import PlanPart
+from fastagg.rounds.roster import ModuleSize
 
 __all__ = ["HandoutWriter", "Progress", "module_bytes", "width_of"]
 

@@ -1,4 +1,4 @@
-"""Where a folder may be written; :func:`fastagg.adapter_folder.new_folder` writes it."""
+"""Where a folder may be written; :func:`fastagg.peft_format.adapter_folder.new_folder` writes it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from fastagg.byte_sizes import format_bytes
 from fastagg.errors import FastAggError, InvalidInput
 
 __all__ = ["check_free", "check_room"]
@@ -51,8 +52,6 @@ def check_room(target: str | os.PathLike[str], needed: int) -> None:
     disk = next(path for path in (place, *place.parents) if path.exists())
     free = shutil.disk_usage(disk).free
     if needed > free:
-        from fastagg.budget import format_bytes
-
         raise FastAggError(
             f"{target} needs {format_bytes(needed)}, and its disk has {format_bytes(free)} left"
         )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fastagg.errors import InvalidInput
-from fastagg.layout import TensorSpan
+from fastagg.peft_format.layout import TensorSpan
 
 __all__ = ["MappedFile", "MappedWriter", "map_file"]
 

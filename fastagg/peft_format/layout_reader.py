@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from fastagg.config import AdapterConfig
 from fastagg.errors import InvalidInput
-from fastagg.layout import DTYPE_CODES, PREFIX, Kind, Layout, Slot, TensorSpan
+from fastagg.peft_format.config import AdapterConfig
+from fastagg.peft_format.layout import DTYPE_CODES, PREFIX, Kind, Layout, Slot, TensorSpan
 
 __all__ = ["read_layout"]
 

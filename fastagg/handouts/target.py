@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastagg.config import AdapterConfig
 from fastagg.errors import InvalidInput
-from fastagg.layout import Layout, TensorSpan
-from fastagg.roster import Member, Roster, promoted
+from fastagg.peft_format.config import AdapterConfig
+from fastagg.peft_format.layout import Layout, TensorSpan
+from fastagg.rounds.roster import Member, Roster, promoted
 
 __all__ = ["Target", "all_ranks", "for_client", "for_rank", "for_stack", "per_signature"]
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastagg.config import CONFIG_NAME
 from fastagg.errors import InvalidInput
+from fastagg.peft_format.config import CONFIG_NAME
 
 __all__ = ["WEIGHTS_NAME", "find_weights", "new_folder", "read_config", "write_synced"]
 

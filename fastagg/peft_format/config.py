@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fastagg.config_reader import CONFIG_NAME, ConfigReader, compiled, is_integer
 from fastagg.errors import InvalidInput
+from fastagg.peft_format.config_reader import CONFIG_NAME, ConfigReader, compiled, is_integer
 
 __all__ = ["CONFIG_NAME", "AdapterConfig"]
 

@@ -12,10 +12,10 @@ import torch
 from fastagg.adapter import Adapter
 from fastagg.aggregation import Aggregate
 from fastagg.aggregator import Aggregator
-from fastagg.config import AdapterConfig
 from fastagg.errors import InvalidInput
-from fastagg.layout import Layout
 from fastagg.method import Method
+from fastagg.peft_format.config import AdapterConfig
+from fastagg.peft_format.layout import Layout
 from fastagg.update import ClientUpdate
 
 __all__ = ["aggregate"]

@@ -13,8 +13,8 @@ from fastagg.checkpoint import Change
 from fastagg.checkpoint.deltas import Delta, check_mergeable, oriented
 from fastagg.checkpoint.keys import KeyIndex
 from fastagg.errors import InvalidInput
-from fastagg.handout_writer import HandoutWriter
-from fastagg.layout import Slot, TensorSpan
+from fastagg.handouts.writer import HandoutWriter
+from fastagg.peft_format.layout import Slot, TensorSpan
 
 __all__ = ["add_to_base", "as_change"]
 

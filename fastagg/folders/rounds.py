@@ -14,16 +14,16 @@ from fastagg import methods
 from fastagg.adapter import Adapter
 from fastagg.aggregation import Aggregate
 from fastagg.aggregator import Aggregator
-from fastagg.config import AdapterConfig
 from fastagg.errors import InvalidInput
-from fastagg.handout_writer import Progress
-from fastagg.layout import Layout
+from fastagg.folders.weights_file import client_weights
+from fastagg.handouts.writer import Progress
 from fastagg.method import Method
-from fastagg.output_folder import check_free
+from fastagg.peft_format.config import AdapterConfig
+from fastagg.peft_format.layout import Layout
+from fastagg.peft_format.output_folder import check_free
 from fastagg.report import Report, SkippedClient
-from fastagg.roster import Member, Roster
+from fastagg.rounds.roster import Member, Roster
 from fastagg.update import ClientUpdate
-from fastagg.weights_file import client_weights
 
 __all__ = ["FolderRound", "Progress", "aggregate_folders", "client_folders"]
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastagg.aggregator import Aggregator
-from fastagg.folders import FolderRound
-from fastagg.handout import Settings
-from fastagg.handout_target import Target, all_ranks, for_stack, per_signature
-from fastagg.plan import padded
+from fastagg.folders.rounds import FolderRound
+from fastagg.handouts.choices import Settings
+from fastagg.handouts.target import Target, all_ranks, for_stack, per_signature
 from fastagg.report import SkippedClient
-from fastagg.roster import Roster
+from fastagg.rounds.plan import padded
+from fastagg.rounds.roster import Roster
 
 __all__ = ["ClientPreview", "FolderPreview", "ModulePreview", "Preview", "preview"]
 
@@ -74,7 +74,7 @@ class Preview:
 def preview(
     round_: FolderRound, out: str | os.PathLike[str], ranks: Sequence[int] | None = None
 ) -> Preview:
-    """What :func:`fastagg.folders.aggregate_folders` would do with a round.
+    """What :func:`fastagg.folders.rounds.aggregate_folders` would do with a round.
 
     Raises:
         InvalidInput: ranks that the method does not hand out.

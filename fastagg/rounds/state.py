@@ -14,13 +14,13 @@ from fastagg.accumulators.means import FactorSums
 from fastagg.accumulators.weights import WeightUnit
 from fastagg.accumulators.whole import WholeSums
 from fastagg.adapter import Adapter
-from fastagg.config import AdapterConfig
 from fastagg.errors import InvalidInput
-from fastagg.layout import Layout, TensorSpan
-from fastagg.memory_plan import Accumulator
 from fastagg.method import Method
-from fastagg.plan import Bucket, WeightTotals
-from fastagg.roster import Member, Roster
+from fastagg.peft_format.config import AdapterConfig
+from fastagg.peft_format.layout import Layout, TensorSpan
+from fastagg.rounds.memory_plan import Accumulator
+from fastagg.rounds.plan import Bucket, WeightTotals
+from fastagg.rounds.roster import Member, Roster
 
 __all__ = ["dump", "load"]
 

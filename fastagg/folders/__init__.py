@@ -1,0 +1,1 @@
+"""From folders to folders: what the command line does, as functions."""
