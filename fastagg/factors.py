@@ -61,6 +61,11 @@ def reconstruct(
     expected = (slab_bt.shape[2], slab_a.shape[2])
     if tuple(base.shape) != expected:
         raise ValueError(f"base: expected shape {expected}, got {tuple(base.shape)}")
+    if base.dtype not in ops.DTYPE_CODES or base.device != slab_a.device:
+        raise ValueError(
+            f"base: expected float32, bfloat16 or float16 on {slab_a.device}, got {base.dtype} on "
+            f"{base.device}"
+        )
     if base.requires_grad and torch.is_grad_enabled():
         raise ValueError("base requires a gradient: add to it under torch.no_grad()")
     ops.reconstruct_(base[None], slab_a, slab_bt, rows)
@@ -87,7 +92,13 @@ def _coefficients(
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"{name}: expected finite numbers, got {values.tolist()}")
         product = product * values
-    n, m = As[0].shape[-1], Bs[0].shape[0]
+    for k, (A, B) in enumerate(zip(As, Bs, strict=True)):
+        if A.dim() != 2 or B.dim() != 2:
+            raise ValueError(
+                f"client {k}: expected A (r, n) and B (m, r), got {tuple(A.shape)} and "
+                f"{tuple(B.shape)}"
+            )
+    n, m = As[0].shape[1], Bs[0].shape[0]
     for k, (A, B) in enumerate(zip(As, Bs, strict=True)):
         rank = A.shape[0]
         if tuple(A.shape) != (rank, n) or tuple(B.shape) != (m, rank):

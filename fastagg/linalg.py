@@ -48,6 +48,7 @@ class Decomposition:
         return torch.where(self.norm2 > 0, captured / self.norm2, 1.0).clamp(max=1.0)
 
 
+@torch.no_grad()
 def truncated_svd(
     A: Tensor,
     B: Tensor,
@@ -71,20 +72,21 @@ def truncated_svd(
     Returns:
         U (..., m, r), S (..., r), Vt (..., r, n), and the :class:`Decomposition`, batched over one
         dimension: the route that ran, the certificate and the energy kept at each rank. The entry of
-        each column of U that is largest in magnitude is positive.
+        each column of U that is largest in magnitude is positive. Gradients are not tracked.
 
     Raises:
-        ValueError: unlike shapes, dtypes or devices, an unknown route, or a NaN or infinity.
+        ValueError: unlike shapes, dtypes or devices, an unknown route, a NaN or infinity, or singular
+            values beyond float32's range where no factor is float64.
 
     Cost: O(R^2 (m + n) + R^3) exact, O(R l q (m + n)) randomized plus the norm's O(R^2 (m + n)).
     """
-    _check_factors(A, B, coefficients, rank, route)
-    batch = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])  # type: ignore[no-untyped-call]
+    batch = _check_factors(A, B, coefficients, rank, route, oversampling, power_iterations)
     m, rows, n = B.shape[-2], A.shape[-2], A.shape[-1]
-    slab_a = A.expand(*batch, rows, n).reshape(-1, rows, n)
-    slab_bt = B.mT.expand(*batch, rows, m).reshape(-1, rows, m)
+    modules = math.prod(batch)
+    slab_a = A.expand(*batch, rows, n).reshape(modules, rows, n)
+    slab_bt = B.mT.expand(*batch, rows, m).reshape(modules, rows, m)
     if coefficients is not None:
-        coefficients = coefficients.expand(*batch, rows).reshape(-1, rows)
+        coefficients = coefficients.expand(*batch, rows).reshape(modules, rows)
         if coefficients.dtype not in (torch.float32, torch.float64):
             coefficients = coefficients.double()
     info = svd_of_stack(
@@ -97,12 +99,13 @@ def truncated_svd(
         power_iterations=power_iterations,
         seed=seed,
     )
-    if not bool(torch.isfinite(info.norm2).all()):
+    if not bool(torch.isfinite(info.norm2).all() & torch.isfinite(info.S).all()):
         raise ValueError(_nonfinite_message(A, B, coefficients))
     U = info.U.reshape(*batch, m, rank)
     return U, info.S.reshape(*batch, rank), info.Vt.reshape(*batch, rank, n), info
 
 
+@torch.no_grad()
 def svd_of_stack(
     A: Tensor,
     Bt: Tensor,
@@ -128,9 +131,9 @@ def svd_of_stack(
     if route == "qr":
         return _qr(A, Bt, coefficients, rank)
     if route == "dense":
-        W, exponent = _normalised_dense(A, Bt, coefficients)
+        W, exponent, rounding = _normalised_dense(A, Bt, coefficients)
         scaled = svd_of_dense(W, rank, oversampling, power_iterations, seed=seed, streams=streams)
-        return _rescaled(scaled, exponent)
+        return _rescaled(scaled, exponent, rounding)
     return _decomposition(
         route,
         ops.randomized_svd(
@@ -189,7 +192,16 @@ def fastest_route(m: int, n: int, rows: int, columns: int, power_iterations: int
     return min(costs, key=lambda name: costs[name])
 
 
-def _check_factors(A: Tensor, B: Tensor, c: Tensor | None, rank: int, route: str) -> None:
+def _check_factors(
+    A: Tensor,
+    B: Tensor,
+    c: Tensor | None,
+    rank: int,
+    route: str,
+    oversampling: int | None,
+    power_iterations: int,
+) -> tuple[int, ...]:
+    """The batch shape that all broadcast to."""
     for name, tensor in (("A", A), ("B", B)):
         if tensor.dim() < 2:
             raise ValueError(f"{name}: expected at least two dimensions, got {tuple(tensor.shape)}")
@@ -204,12 +216,21 @@ def _check_factors(A: Tensor, B: Tensor, c: Tensor | None, rank: int, route: str
         )
     if A.device != B.device or (c is not None and c.device != A.device):
         raise ValueError("A, B and coefficients must be on one device")
-    if c is not None and c.shape[-1] != A.shape[-2]:
+    if c is not None and (c.dim() == 0 or c.shape[-1] != A.shape[-2]):
         raise ValueError(f"coefficients: expected (..., {A.shape[-2]}), got {tuple(c.shape)}")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank: expected an integer of at least 1, got {rank!r}")
+    for name, value in (("oversampling", oversampling), ("power_iterations", power_iterations)):
+        if value is not None and value < 0:
+            raise ValueError(f"{name}: expected at least 0, got {value}")
     if route not in ROUTES:
         raise ValueError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
+    batches = [A.shape[:-2], B.shape[:-2], *([] if c is None else [c.shape[:-1]])]
+    try:
+        return tuple(torch.broadcast_shapes(*batches))  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        shapes = " and ".join(str(tuple(shape)) for shape in batches)
+        raise ValueError(f"expected leading dimensions that broadcast, got {shapes}") from None
 
 
 def _nonfinite_message(A: Tensor, B: Tensor, coefficients: Tensor | None) -> str:
@@ -220,9 +241,14 @@ def _nonfinite_message(A: Tensor, B: Tensor, coefficients: Tensor | None) -> str
         if tensor is not None
     }
     found = ", ".join(f"{count} in {name}" for name, count in counts.items() if count)
+    if found:
+        return (
+            f"NaN or infinity in the input ({found}): expected finite factors; leave out the client "
+            "that sent them"
+        )
     return (
-        f"NaN or infinity in the input ({found or 'the product overflows'}): expected finite "
-        "factors; leave out the client that sent them"
+        "the singular values of the product overflow their dtype: expected factors whose product it "
+        "holds; scale the coefficients down, or pass float64 factors"
     )
 
 
@@ -238,36 +264,55 @@ def _power_of_two(largest: Tensor) -> Tensor:
     return torch.where(usable, torch.frexp(torch.where(usable, largest, 1.0))[1], 0)
 
 
-def _normalised_dense(A: Tensor, Bt: Tensor, coefficients: Tensor | None) -> tuple[Tensor, Tensor]:
-    """dW 2^-exponent (L, m, n): entries of a dW whose factors fp32 holds may not fit into fp32."""
-    if A.shape[1] == 0:
-        shape = (A.shape[0], Bt.shape[2], A.shape[2])
-        return A.new_zeros(shape, dtype=torch.float32), A.new_zeros(A.shape[0], dtype=torch.int32)
+def _normalised_dense(
+    A: Tensor, Bt: Tensor, coefficients: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dW 2^-exponent (L, m, n): entries of a dW whose factors fp32 holds may not fit into fp32.
+
+    And the rounding (L,) of that sum: clients that cancel each other leave it alone.
+    """
     wide = torch.float64 in (A.dtype, Bt.dtype)
     dtype = torch.float64 if wide else torch.float32
+    modules, rows, n = A.shape
+    if rows == 0 or n == 0 or Bt.shape[2] == 0:
+        zero = A.new_zeros(modules, dtype=torch.float64)
+        return A.new_zeros((modules, Bt.shape[2], n), dtype=dtype), zero, zero
     c = A.new_ones(A.shape[:2], dtype=torch.float64) if coefficients is None else coefficients
     # Row by row, |c_r| |a_r|_max |b_r|_max bounds the terms; sqrt splits c between the factors.
-    row_a = A.abs().amax(2, keepdim=False).double() if A.shape[2] else c.double() * 0
-    row_b = Bt.abs().amax(2, keepdim=False).double() if Bt.shape[2] else c.double() * 0
-    scale_a = torch.exp2(-_power_of_two(row_a).double())
-    scale_b = torch.exp2(-_power_of_two(row_b).double())
+    scale_a = torch.exp2(-_power_of_two(A.abs().amax(2).double()).double())
+    scale_b = torch.exp2(-_power_of_two(Bt.abs().amax(2).double()).double())
     middle = c.double() / (scale_a * scale_b)
     exponent = _power_of_two(middle.abs().amax(1))
     middle = middle * torch.exp2(-exponent.double())[:, None]
-    left = (A.double() * scale_a[..., None]).to(dtype)
-    right = (Bt.double() * scale_b[..., None]).to(dtype)
+    left = A.double() * scale_a[..., None]
+    right = Bt.double() * scale_b[..., None]
+    terms = (middle * left.norm(dim=2) * right.norm(dim=2)).norm(dim=1)
+    rounding = 2 * torch.finfo(dtype).eps * terms
     if wide:
-        return (right * middle[..., None]).mT @ left, exponent
-    return ops.reconstruct(left, right, middle), exponent
+        return (right * middle[..., None]).mT @ left, exponent, rounding
+    return ops.reconstruct(left.to(dtype), right.to(dtype), middle), exponent, rounding
 
 
-def _rescaled(d: Decomposition, exponent: Tensor) -> Decomposition:
+def _rescaled(d: Decomposition, exponent: Tensor, rounding: Tensor) -> Decomposition:
+    """The decomposition of W 2^exponent, where W is off by `rounding`."""
     scale = torch.exp2(exponent.double())
+    live = ~(d.S.double() <= 0.5 * rounding[:, None])  # NaN stays NaN
+    energy = d.S.double().square()
+    dropped = torch.where(live, 0.0, energy).sum(1)
+    # The error of W is at most e, e^2 = |W|^2 - captured + certificate; it and the optimal error move
+    # by at most the rounding.
+    certificate = d.certificate + dropped
+    error = (d.norm2 - energy.sum(1) + certificate).clamp(min=0).sqrt()
+    certificate = certificate + 4 * rounding * (error + rounding)
+    kept = live.sum(1)
     return replace(
         d,
-        S=(d.S.double() * scale[:, None]).to(d.S.dtype),
+        U=torch.where(live[:, None], d.U, 0.0),
+        S=torch.where(live, d.S.double() * scale[:, None], 0.0).to(d.S.dtype),
+        Vt=torch.where(live[..., None], d.Vt, 0.0),
         norm2=d.norm2 * scale**2,
-        certificate=d.certificate * scale**2,
+        certificate=certificate * scale**2,
+        numerical_rank=torch.where(kept < d.S.shape[1], kept.double(), d.numerical_rank),
     )
 
 
@@ -303,7 +348,8 @@ def _qr(A: Tensor, Bt: Tensor, coefficients: Tensor | None, rank: int) -> Decomp
             S[l, :kept] = s[:kept]
         total = s[:found].square().sum()
         tail = s[kept:found].square().sum()
-        bound = 2 * _PROMISE * (total * tail).sqrt() + _PROMISE**2 * total
+        excess = _PROMISE * total.sqrt() + noise
+        bound = excess * (2 * tail.sqrt() + excess)
         stats[l] = torch.stack([total, bound, total.new_tensor(float(found))])
     return _decomposition("qr", (U, S, Vt, stats))
 

@@ -8,7 +8,8 @@ clients' ranks. Scalings and weights stay apart as *coefficients* c (L, R), so t
 
 and the factors are never rounded. Factors are float32, bfloat16 or float16; the SVD ops and the Gram
 ops take float64 as well. Every op raises RuntimeError, naming the op, the argument, what was expected
-and what came, before it writes anything. None synchronises with the host.
+and what came, before it writes anything. None synchronises with the host. None is differentiable:
+results never require a gradient, whatever the inputs do.
 """
 
 from __future__ import annotations
@@ -308,6 +309,24 @@ def _bumps_versions(op: Any, mutated: int) -> Callable[..., Any]:
 
     return kernel
 
+
+# An op without an Autograd kernel would give results that pretend to have a gradient.
+_not_differentiable: Any = torch.library.Library("fastagg", "IMPL", "Autograd")  # type: ignore[no-untyped-call]
+for _name in (
+    "scan",
+    "stack",
+    "stack_",
+    "reconstruct",
+    "reconstruct_",
+    "gram",
+    "update_gram",
+    "gram_svd",
+    "randomized_svd",
+    "randomized_svd_dense",
+    "redistribute",
+    "redistribute_",
+):
+    _not_differentiable.impl(_name, torch.library.fallthrough_kernel)
 
 _versions: Any = torch.library.Library("fastagg", "IMPL", "ADInplaceOrView")  # type: ignore[no-untyped-call]
 _versions.impl("stack_", _bumps_versions(_ops.stack_.default, 2))

@@ -43,12 +43,14 @@ PivotedCholesky pivoted_cholesky(const double* g, int64_t size, double tolerance
     std::copy_n(work.data() + pivot * size, size, column);
     for (int64_t b = block_start; b < k; ++b)
       subtract_scaled(column, lt.data() + b * size, lt[b * size + pivot], size);
-    const double root = std::sqrt(diagonal[pivot]);
+    const double diagonal_of_pivot = diagonal[pivot];
+    const double root = std::sqrt(diagonal_of_pivot);
     for (int64_t i = 0; i < size; ++i) {
       column[i] = used[i] ? 0.0 : column[i] / root;
       if (!used[i]) diagonal[i] -= column[i] * column[i];
     }
     column[pivot] = root;
+    result.smallest = diagonal_of_pivot;
     used[pivot] = 1;
     result.pivots.push_back(pivot);
 
@@ -60,6 +62,8 @@ PivotedCholesky pivoted_cholesky(const double* g, int64_t size, double tolerance
       block_start = k + 1;
     }
   }
+  for (int64_t i = 0; i < size; ++i)
+    if (!used[i]) result.dropped += std::max(diagonal[i], 0.0);
   result.rank = static_cast<int64_t>(result.pivots.size());
   result.factor.resize(static_cast<size_t>(size * result.rank));
   for (int64_t k = 0; k < result.rank; ++k)

@@ -12,6 +12,8 @@ namespace fastagg::cpu {
 struct PivotedCholesky {
   int64_t size = 0;
   int64_t rank = 0;
+  double smallest = 0;  // the last pivot, a squared distance of a column from the others
+  double dropped = 0;   // the squared norm of what the columns left out have beside the others
   std::vector<int64_t> pivots;  // rank entries: the rows of G that were chosen
   std::vector<double> factor;  // (size, rank) row-major, rows in G's own order: G = factor factor^T
 };

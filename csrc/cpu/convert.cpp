@@ -124,7 +124,8 @@ void store(const float* from, int64_t count, void* to, DType dtype) {
     case DType::Float16:
       return store_half(from, count, static_cast<char*>(to));
     default:
-      memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+      // An empty vector has no address, and memcpy wants one even for nothing.
+      if (count > 0) memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
   }
 }
 

@@ -11,6 +11,7 @@
 
 #include "../ragged/balance.h"
 #include "cholesky.h"
+#include "householder.h"
 #include "products.h"
 #include "svd.h"
 
@@ -19,16 +20,18 @@ namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 
-// NUMERICS: the promise of an exact route is error <= optimal + 2e-6 |dW|.
-constexpr double kPromise = 2e-6;
-
 // Above this growth of its terms a product is summed in fp64; below, fp32 keeps the promise.
 constexpr double kSinglePrecisionGrowth = 4.0;
 
+// Vectors that are sums of terms this much larger lose their orthogonality: eps growth^2 < 1e-6.
+constexpr double kLargestGrowth = 6e4;
+
 struct Core {
   bool finite = true;
+  bool lossy = false;  // the Gram matrices cannot keep the promise
   int64_t kept = 0;
   bool single_u = false, single_v = false;
+  std::vector<double> alpha, beta;
   std::vector<double> x, y;  // (R, kept): U = B x, V = A^T y
 };
 
@@ -69,11 +72,33 @@ double growth(const double* g, const std::vector<double>& x, int64_t rows, int64
   return std::sqrt(largest);
 }
 
+// A bound of the largest singular value of a factor, from its Gram matrix.
+double spectral_norm(const std::vector<double>& g, int64_t rows) {
+  double largest = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    double sum = 0;
+    for (int64_t j = 0; j < rows; ++j) sum += std::abs(g[i * rows + j]);
+    largest = std::max(largest, sum);
+  }
+  return std::sqrt(largest);
+}
+
+// How far the factor is from the columns that its Cholesky factor stands for: what was dropped, and
+// the rounding of the Gram matrix, which the smallest pivot magnifies.
+double distance(const PivotedCholesky& cholesky) {
+  if (cholesky.rank == 0) return 0;
+  const double trace = std::pow(norm(cholesky.factor), 2);
+  return std::sqrt(cholesky.dropped) +
+         static_cast<double>(cholesky.size) * kEps * trace / std::sqrt(cholesky.smallest);
+}
+
 template <class T>
-Core solve_core(const double* ga, const double* gb, const double* c, int64_t rows, int64_t r,
-                T* s_out, double* stats) {
+Core solve_core(const double* ga, const double* gb, const double* c, int64_t rows, int64_t module,
+                const SvdOut<T>& out) {
   Core core;
-  std::vector<double> alpha(static_cast<size_t>(rows)), beta(static_cast<size_t>(rows));
+  std::vector<double>&alpha = core.alpha, &beta = core.beta;
+  alpha.resize(static_cast<size_t>(rows));
+  beta.resize(static_cast<size_t>(rows));
   double check = 0;
   for (int64_t j = 0; j < rows; ++j) {
     const double coefficient = c ? c[j] : 1.0;
@@ -89,8 +114,9 @@ Core solve_core(const double* ga, const double* gb, const double* c, int64_t row
     return core;
   }
   const double tolerance = 4.0 * static_cast<double>(rows) * kEps;
-  const PivotedCholesky a = pivoted_cholesky(scaled(ga, alpha).data(), rows, tolerance);
-  const PivotedCholesky b = pivoted_cholesky(scaled(gb, beta).data(), rows, tolerance);
+  const std::vector<double> scaled_a = scaled(ga, alpha), scaled_b = scaled(gb, beta);
+  const PivotedCholesky a = pivoted_cholesky(scaled_a.data(), rows, tolerance);
+  const PivotedCholesky b = pivoted_cholesky(scaled_b.data(), rows, tolerance);
   const int64_t k = std::min(a.rank, b.rank);
   std::vector<double> small(static_cast<size_t>(b.rank * a.rank));
   std::vector<double> u(static_cast<size_t>(b.rank * k)), s(static_cast<size_t>(k));
@@ -101,19 +127,11 @@ Core solve_core(const double* ga, const double* gb, const double* c, int64_t row
     multiply(fb.transposed(), fa, row_major(small.data(), b.rank, a.rank));
     svd(small.data(), b.rank, a.rank, u.data(), s.data(), vt.data());
   }
-  const double noise = 8.0 * static_cast<double>(rows) * kEps * norm(a.factor) * norm(b.factor);
-  int64_t rank = 0;
-  while (rank < k && s[rank] > noise) ++rank;
-  core.kept = std::min(rank, r);
-
-  double total = 0, tail = 0;
-  for (int64_t i = 0; i < rank; ++i) (i < core.kept ? total : tail) += s[i] * s[i];
-  total += tail;
-  stats[kSquaredNorm] = total;
-  stats[kCertificate] =
-      kPromise * std::sqrt(total) * (2 * std::sqrt(tail)) + kPromise * kPromise * total;
-  stats[kNumericalRank] = static_cast<double>(rank);
-  for (int64_t i = 0; i < core.kept; ++i) s_out[i] = static_cast<T>(s[i]);
+  core.kept = write_spectrum(s, rows, norm(a.factor) * norm(b.factor), module, out);
+  const double excess =
+      distance(a) * spectral_norm(scaled_b, rows) + distance(b) * spectral_norm(scaled_a, rows);
+  core.lossy = excess > 0.5 * kPromise * norm(s);
+  if (core.lossy) return core;
 
   std::vector<double> wu(static_cast<size_t>(b.rank * core.kept));
   std::vector<double> wv(static_cast<size_t>(a.rank * core.kept));
@@ -123,8 +141,11 @@ Core solve_core(const double* ga, const double* gb, const double* c, int64_t row
     for (int64_t j = 0; j < core.kept; ++j) wv[i * core.kept + j] = vt[j * a.rank + i];
   core.x = coordinates(b, std::move(wu), beta, core.kept);
   core.y = coordinates(a, std::move(wv), alpha, core.kept);
-  core.single_u = growth(gb, core.x, rows, core.kept) <= kSinglePrecisionGrowth;
-  core.single_v = growth(ga, core.y, rows, core.kept) <= kSinglePrecisionGrowth;
+  const double growth_u = growth(gb, core.x, rows, core.kept);
+  const double growth_v = growth(ga, core.y, rows, core.kept);
+  core.single_u = growth_u <= kSinglePrecisionGrowth;
+  core.single_v = growth_v <= kSinglePrecisionGrowth;
+  core.lossy = std::max(growth_u, growth_v) > kLargestGrowth;
   return core;
 }
 
@@ -179,9 +200,10 @@ void gram_svd(const Slab& a, const Slab& bt, const double* coefficients, const S
 
   std::vector<Core> cores(static_cast<size_t>(out.modules));
   for_each_task(out.modules, [&](int64_t l) {
-    cores[l] = solve_core(ga.get() + l * square, gb.get() + l * square,
-                          coefficients ? coefficients + l * rows : nullptr, rows, out.r,
-                          out.s + l * out.r, out.stats + l * kStats);
+    Core& core = cores[l];
+    core = solve_core(ga.get() + l * square, gb.get() + l * square,
+                      coefficients ? coefficients + l * rows : nullptr, rows, l, out);
+    if (core.lossy) core.kept = qr_svd(a, bt, core.alpha, core.beta, l, out);
   });
 
   const int64_t u_panels = tiles(out.m, kPanel), panels = u_panels + tiles(out.n, kPanel);
@@ -191,7 +213,7 @@ void gram_svd(const Slab& a, const Slab& bt, const double* coefficients, const S
     const bool is_u = p < u_panels;
     const int64_t col = (is_u ? p : p - u_panels) * kPanel;
     const int64_t count = std::min(kPanel, (is_u ? out.m : out.n) - col);
-    if (core.kept == 0) return;
+    if (core.kept == 0 || core.lossy) return;
     const bool single = sizeof(T) == sizeof(float) && (is_u ? core.single_u : core.single_v);
     const auto write = single ? write_vectors<float, T> : write_vectors<double, T>;
     write(is_u ? bt : a, l, is_u ? core.x : core.y, core.kept, col, count, is_u, out);

@@ -7,6 +7,7 @@
 #include "../ragged/balance.h"
 #include "../ragged/philox.h"
 #include "cholesky.h"
+#include "householder.h"
 #include "products.h"
 #include "svd.h"
 
@@ -16,8 +17,14 @@ namespace {
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr double kBasisTolerance = 1e-13;  // NUMERICS: smaller pivots are noise of the fp32 columns
 
-// |dW|^2 and |Q^T dW|^2 come from fp32 entries: what their difference may be off by, relatively.
-constexpr double kNormRounding = 0x1p-22;
+// Vectors that a Gram matrix gives further from orthogonal than this are corrected.
+constexpr double kLargestLoss = 1e-8;
+
+// Products are off by at most about so many roundings of the terms that they sum.
+constexpr double kRoundings = 2.0;
+
+// The same of the two fp64 sums of squares whose difference is the certificate.
+constexpr double kNormRoundings = 32.0;
 
 // A skinny matrix (size, l) for every module.
 template <class T>
@@ -85,7 +92,8 @@ class FactoredMap {
         bt_(bt),
         modules_(modules),
         middle_(static_cast<size_t>(modules * a.rows)),
-        exponent_(static_cast<size_t>(modules), 0) {
+        exponent_(static_cast<size_t>(modules), 0),
+        terms_(static_cast<size_t>(modules), 0.0) {
     const int64_t rows = a.rows;
     scale_a_ = row_norms(a, modules);
     scale_b_ = row_norms(bt, modules);
@@ -95,7 +103,9 @@ class FactoredMap {
         const double c = coefficients ? coefficients[j] : 1.0;
         // An infinite norm has no exponent: let NaN into the products instead.
         const double finite = 0.0 * (c + scale_a_[j] + scale_b_[j]);
-        largest = std::max(largest, std::abs(c) * scale_a_[j] * scale_b_[j]);
+        const double term = std::abs(c) * scale_a_[j] * scale_b_[j];
+        largest = std::max(largest, term);
+        terms_[l] = std::hypot(terms_[l], term);
         scale_a_[j] = finite == 0 ? unit_scale(scale_a_[j]) : finite;
         scale_b_[j] = finite == 0 ? unit_scale(scale_b_[j]) : finite;
         const double unscaled = scale_a_[j] * scale_b_[j];
@@ -108,6 +118,8 @@ class FactoredMap {
   }
 
   int exponent(int64_t module) const { return exponent_[module]; }
+  // The norm of what dW is a sum of: far above |dW| where clients cancel each other.
+  double terms(int64_t module) const { return terms_[module]; }
 
   void forward(const Skinny<T>& x, const Skinny<T>& y) const {
     through(a_, scale_a_, x, bt_, scale_b_, y);
@@ -132,6 +144,7 @@ class FactoredMap {
   int64_t modules_;
   std::vector<double> scale_a_, scale_b_, middle_;
   std::vector<int> exponent_;
+  std::vector<double> terms_;
 };
 
 // A dense dW (modules, m, n) as a linear map.
@@ -145,10 +158,12 @@ class DenseMap {
       const double scale = usable ? unit_scale(std::sqrt(squared)) : 1.0;
       scale_.insert(scale_.end(), static_cast<size_t>(w.rows), scale);
       exponent_.push_back(-nearest_exponent(scale));
+      terms_.push_back(std::sqrt(squared));
     }
   }
 
   int exponent(int64_t module) const { return exponent_[module]; }
+  double terms(int64_t module) const { return terms_[module]; }
   void forward(const Skinny<T>& x, const Skinny<T>& y) const {
     contract(w_, scale_, x, modules_, y);
   }
@@ -159,20 +174,24 @@ class DenseMap {
   int64_t modules_;
   std::vector<double> scale_;
   std::vector<int> exponent_;
+  std::vector<double> terms_;
 };
+
+template <class T>
+void fill_identity(const Skinny<T>& x, int64_t modules) {
+  std::fill_n(x.data.get(), modules * x.size * x.l, T(0));
+  for (int64_t module = 0; module < modules; ++module)
+    for (int64_t i = 0; i < x.l; ++i) x.all(module).data[i * x.l + i] = T(1);
+}
 
 // The Rademacher test matrix (n, l), or the identity where l = n and nothing need be random.
 template <class T>
 void fill_test_matrix(const Sketch& sketch, int64_t modules, const Skinny<T>& omega) {
   const int64_t count = omega.size * omega.l;
   const int64_t blocks = tiles(count, kSignsPerBlock);
+  if (omega.l == omega.size) return fill_identity(omega, modules);
   for_each_task(modules, [&](int64_t l) {
     T* out = omega.all(l).data;
-    if (omega.l == omega.size) {
-      std::fill_n(out, count, T(0));
-      for (int64_t i = 0; i < omega.l; ++i) out[i * omega.l + i] = T(1);
-      return;
-    }
     const auto stream = static_cast<uint64_t>(sketch.streams ? sketch.streams[l] : l);
     for (int64_t b = 0; b < blocks; ++b) {
       const Philox4 words = rademacher_block(sketch.seed, stream, static_cast<uint64_t>(b));
@@ -271,6 +290,32 @@ void orthonormalise(const Skinny<T>& y, int64_t modules) {
   });
 }
 
+// x (l, kept) such that Y x is orthonormal where Y x0 nearly is: x0 (I - E / 2 + 3 E^2 / 8) with
+// E = (Y x0)^T (Y x0) - I, which moves no column by more than its error.
+template <class T>
+std::vector<double> polished(const Skinny<T>& y, int64_t module, std::vector<double> x,
+                             int64_t kept) {
+  std::vector<double> e(static_cast<size_t>(kept * kept), 0.0), e2(e), correction(e);
+  const auto error = row_major(e.data(), kept, kept), squared = row_major(e2.data(), kept, kept);
+  Workspace<double> in(kPanel * y.l), vectors(kPanel * kept);
+  const auto coordinates = row_major(x.data(), y.l, kept);
+  for (int64_t row = 0; row < y.size; row += kPanel) {
+    const int64_t height = std::min(kPanel, y.size - row);
+    const T* from = y.rows(module, row, height).data;
+    for (int64_t i = 0; i < height * y.l; ++i) in[i] = static_cast<double>(from[i]);
+    const auto panel = row_major(vectors.get(), height, kept);
+    multiply(row_major(in.get(), height, y.l), coordinates, panel);
+    multiply_add(panel.transposed(), panel, error);
+  }
+  for (int64_t j = 0; j < kept; ++j) e[j * kept + j] -= 1.0;
+  multiply(error, error, squared);
+  for (int64_t i = 0; i < kept * kept; ++i)
+    correction[i] = (i % (kept + 1) == 0 ? 1.0 : 0.0) - 0.5 * e[i] + 0.375 * e2[i];
+  std::vector<double> out(x.size());
+  multiply(coordinates, row_major(correction.data(), kept, kept), row_major(out.data(), y.l, kept));
+  return out;
+}
+
 template <class T>
 bool has_nonfinite(const Skinny<T>& y, int64_t module) {
   T sum = 0;  // zero, or NaN where any entry is not finite
@@ -302,8 +347,9 @@ void finish(const Map& map, const Skinny<T>& q, const Skinny<T>& z,
     std::vector<double> vt(static_cast<size_t>(rank * rank));
     svd(f.data(), l, rank, u.data(), s.data(), vt.data());
     // Q and Z are rounded to T: singular values below that rounding are its noise.
-    const double noise =
-        static_cast<double>(std::numeric_limits<T>::epsilon()) * std::sqrt(captured);
+    const double terms = std::max(map.terms(module), std::sqrt(squared));
+    const double rounding = static_cast<double>(std::numeric_limits<T>::epsilon()) * terms;
+    const double noise = std::ldexp(rounding, -map.exponent(module));
     int64_t count = 0;
     while (count < rank && s[count] > noise) ++count;
     const int64_t kept = std::min(count, out.r);
@@ -315,8 +361,11 @@ void finish(const Map& map, const Skinny<T>& q, const Skinny<T>& z,
       for (int64_t i = 0; i < rank; ++i) right[i * kept + j] = vt[j * rank + i];
       out.s[module * out.r + j] = static_cast<T>(std::ldexp(s[j], map.exponent(module)));
     }
-    const std::vector<double> y = basis_coordinates(basis, std::move(right), kept);
+    std::vector<double> y = basis_coordinates(basis, std::move(right), kept);
     if (kept > 0) {
+      // Z's Gram matrix knows the directions of its small singular values only roughly.
+      if (kEps * captured > kLargestLoss * s[kept - 1] * s[kept - 1])
+        y = polished(z, module, std::move(y), kept);
       for (int64_t row = 0; row < out.m; row += kPanel)
         apply_rows(q, module, row, std::min(kPanel, out.m - row), row_major(left.data(), l, kept),
                    [&](int64_t i, int64_t j, double value) {
@@ -330,11 +379,18 @@ void finish(const Map& map, const Skinny<T>& q, const Skinny<T>& z,
                    });
     }
     fix_signs(out, module, kept);
-    // error^2 - optimal^2 <= |dW - Q Q^T dW|_F^2 = |dW|_F^2 - |Q^T dW|_F^2.
+    // error^2 - optimal^2 <= |dW - Q Q^T dW|_F^2 = |dW|_F^2 - |Q^T dW|_F^2, where what Q^T dW lost
+    // to the Cholesky factor's tolerance, and what was dropped of the first r as noise, is missed
+    // too.
+    double found = 0;
+    for (int64_t j = 0; j < rank; ++j)
+      if (j < kept || j >= out.r) found += s[j] * s[j];
     double* stats = out.stats + module * kStats;
-    const double missed = squared - std::ldexp(captured, 2 * map.exponent(module));
+    const double missed = squared - std::ldexp(found, 2 * map.exponent(module));
     stats[kSquaredNorm] = squared;
-    stats[kCertificate] = std::max(missed, 0.0) + kNormRounding * squared;
+    const double excess = kRoundings * rounding;
+    stats[kCertificate] = std::max(missed, 0.0) + excess * (2 * std::sqrt(squared) + excess) +
+                          kNormRoundings * kEps * terms * terms;
     stats[kNumericalRank] = static_cast<double>(count);
   });
 }
@@ -344,17 +400,22 @@ void sketched_svd(const Map& map, const Sketch& sketch, const std::vector<double
                   const SvdOut<T>& out) {
   const int64_t l = std::max<int64_t>(sketch.columns, 0);
   const Skinny<T> x(out.modules, out.n, l), y(out.modules, out.m, l);
-  fill_test_matrix(sketch, out.modules, x);
-  map.forward(x, y);
-  for (int64_t q = 0; q < sketch.power_iterations; ++q) {
-    orthonormalise(y, out.modules);
-    map.adjoint(y, x);
-    orthonormalise(x, out.modules);
+  if (l == out.m) {
+    // As many columns as rows: random signs might miss a direction, the identity cannot.
+    fill_identity(y, out.modules);
+  } else {
+    fill_test_matrix(sketch, out.modules, x);
     map.forward(x, y);
+    for (int64_t q = 0; l < out.n && q < sketch.power_iterations; ++q) {
+      orthonormalise(y, out.modules);
+      map.adjoint(y, x);
+      orthonormalise(x, out.modules);
+      map.forward(x, y);
+    }
+    // NUMERICS: the last basis takes two passes; the first leaves what the pivots' range lost.
+    orthonormalise(y, out.modules);
+    orthonormalise(y, out.modules);
   }
-  // NUMERICS: the last basis takes two passes; the first leaves what the pivots' range lost.
-  orthonormalise(y, out.modules);
-  orthonormalise(y, out.modules);
   map.adjoint(y, x);
   finish(map, y, x, squared_norms, out);
 }

@@ -25,7 +25,7 @@ void redistribute(const float* u, const float* s, const float* vt, int64_t m, in
                   void* const* flats) {
   std::vector<Task> tasks;
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t row = 0; row < slots[i].rank; row += 16)
+    for (int64_t row = 0; n > 0 && row < slots[i].rank; row += 16)
       tasks.push_back({i, false, row, std::min(row + 16, slots[i].rank)});
     for (int64_t row = 0; row < m; row += kRows)
       tasks.push_back({i, true, row, std::min(row + kRows, m)});

@@ -49,8 +49,8 @@ void multiply(const Matrix<double>& a, const Matrix<double>& b, const Matrix<dou
 void multiply_add(const Matrix<float>& a, const Matrix<float>& b, const Matrix<float>& out);
 void multiply_add(const Matrix<double>& a, const Matrix<double>& b, const Matrix<double>& out);
 
-// Thin SVD by LAPACK: a (p, q) = u (p, k) diag(s) vt (k, q), k = min(p, q); all row-major.
-void svd(const double* a, int64_t p, int64_t q, double* u, double* s, double* vt);
+// SVD by LAPACK: a = u diag(s) vt, all (n, n) row-major. Only square: see householder.h.
+void square_svd(const double* a, int64_t n, double* u, double* s, double* vt);
 
 // An aligned, uninitialised workspace. 64 bytes: a cache line, and the alignment at which BLAS
 // results do not depend on the address.

@@ -106,8 +106,11 @@ class Stacker {
 
   // Rows that no client fills are zero.
   void clear(int64_t row) const {
-    memset(at(out_.a, row * out_.n * size_), 0, static_cast<size_t>(out_.n * size_));
-    memset(at(out_.bt, row * out_.m * size_), 0, static_cast<size_t>(out_.m * size_));
+    // An empty slab has no address, and memset wants one even for nothing.
+    if (out_.n > 0)
+      memset(at(out_.a, row * out_.n * size_), 0, static_cast<size_t>(out_.n * size_));
+    if (out_.m > 0)
+      memset(at(out_.bt, row * out_.m * size_), 0, static_cast<size_t>(out_.m * size_));
     out_.sum_of_squares[row] = 0;
     out_.sum_of_squares[out_.modules * out_.rows + row] = 0;
   }
@@ -144,8 +147,10 @@ void stack(const void* const* flats, const StackSlot* slots, int64_t count, cons
   std::vector<int64_t> nonfinite(tasks.size(), 0);
   for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t t) {
     const Task& task = tasks[t];
-    nonfinite[t] =
-        task.is_b ? stacker.transpose_b(task, sums.data() + task.partial) : stacker.copy_a(task);
+    if (!task.is_b)
+      nonfinite[t] = stacker.copy_a(task);
+    else if (stacker.transpose_b(task, sums.data() + task.partial))
+      nonfinite[t] = stacker.count_nonfinite_b(task);
   });
   for (int64_t row = 0; row < out.modules * out.rows; ++row)
     if (!covered[row]) stacker.clear(row);

@@ -8,6 +8,26 @@
 namespace fastagg::cpu {
 
 template <class T>
+int64_t write_spectrum(const std::vector<double>& s, int64_t rows, double terms, int64_t module,
+                       const SvdOut<T>& out) {
+  const double rounding =
+      8.0 * static_cast<double>(rows) * std::numeric_limits<double>::epsilon() * terms;
+  int64_t rank = 0;
+  while (rank < static_cast<int64_t>(s.size()) && s[rank] > rounding) ++rank;
+  const int64_t kept = std::min(rank, out.r);
+  double head = 0, tail = 0;
+  for (int64_t i = 0; i < rank; ++i) (i < kept ? head : tail) += s[i] * s[i];
+  for (int64_t i = 0; i < kept; ++i) out.s[module * out.r + i] = static_cast<T>(s[i]);
+  double* stats = out.stats + module * kStats;
+  stats[kSquaredNorm] = head + tail;
+  // error <= optimal + excess, and the optimal error is the tail.
+  const double excess = kPromise * std::sqrt(head + tail) + rounding;
+  stats[kCertificate] = excess * (2 * std::sqrt(tail) + excess);
+  stats[kNumericalRank] = static_cast<double>(rank);
+  return kept;
+}
+
+template <class T>
 void fix_signs(const SvdOut<T>& out, int64_t module, int64_t kept) {
   T* u = out.u + module * out.m * out.r;
   T* s = out.s + module * out.r;
@@ -41,6 +61,10 @@ void fill_nonfinite(const SvdOut<T>& out, int64_t module) {
   std::fill_n(out.stats + module * kStats, kStats, std::numeric_limits<double>::quiet_NaN());
 }
 
+template int64_t write_spectrum(const std::vector<double>&, int64_t, double, int64_t,
+                                const SvdOut<float>&);
+template int64_t write_spectrum(const std::vector<double>&, int64_t, double, int64_t,
+                                const SvdOut<double>&);
 template void fix_signs(const SvdOut<float>&, int64_t, int64_t);
 template void fix_signs(const SvdOut<double>&, int64_t, int64_t);
 template void fill_nonfinite(const SvdOut<float>&, int64_t);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels.h"
 
@@ -42,6 +43,21 @@ void randomized_svd(const Slab& a, const Slab& bt, const double* coefficients, c
 // The same of a dense dW (modules, m, n).
 template <class T>
 void randomized_svd_dense(const Slab& w, const Sketch& sketch, const SvdOut<T>& out);
+
+// NUMERICS: the promise of an exact route is error <= optimal + 2e-6 |dW|.
+constexpr double kPromise = 2e-6;
+
+// Writes the singular values and stats of an exact route and returns how many of r columns carry
+// weight: those above what rounding leaves of dW's terms, whose norm is at most `terms`.
+template <class T>
+int64_t write_spectrum(const std::vector<double>& s, int64_t rows, double terms, int64_t module,
+                       const SvdOut<T>& out);
+
+// The exact route of one module by QR, for diag(alpha) A and B diag(beta). Returns the columns
+// kept, for fix_signs.
+template <class T>
+int64_t qr_svd(const Slab& a, const Slab& bt, const std::vector<double>& alpha,
+               const std::vector<double>& beta, int64_t module, const SvdOut<T>& out);
 
 // Zeroes the columns from `kept` on, and makes the largest entry of each u positive (the lowest
 // index breaks a tie), so that a decomposition is a function of its input.

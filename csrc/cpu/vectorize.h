@@ -2,8 +2,9 @@
 // instruction set, and the loader picks. On other architectures the baseline has vectors already.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_UNDEFINED__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) &&    \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_UNDEFINED__) && \
+    !defined(__SANITIZE_THREAD__)
 #define FASTAGG_VECTORIZE __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define FASTAGG_VECTORIZE

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -129,16 +130,27 @@ Table<Row> table(const char* op, const char* argument, const Tensor& tensor) {
   return {dense, static_cast<const Row*>(dense.const_data_ptr()), dense.size(0)};
 }
 
-// Refuses a range [offset, offset + count * size) that is not inside a buffer of `bytes` bytes.
+// Refuses a result whose bytes an int64 cannot count, before anything is computed from its sizes.
+inline void check_countable(const char* op, const char* argument,
+                            std::initializer_list<int64_t> shape) {
+  int64_t bytes = 8;
+  for (const int64_t size : shape)
+    check(!__builtin_mul_overflow(bytes, std::max<int64_t>(size, 1), &bytes), op, argument,
+          "expected a result of fewer than 2^63 bytes, got a size of ", size);
+}
+
+// Refuses (rows, cols) elements from byte `offset` on that are not inside a buffer of `bytes`
+// bytes.
 inline void check_range(const char* op, const char* argument, int64_t row, const char* field,
-                        int64_t offset, int64_t count, DType dtype, int64_t bytes) {
+                        int64_t offset, int64_t rows, int64_t cols, DType dtype, int64_t bytes) {
   const auto code = static_cast<int64_t>(dtype);
   check(code >= 0 && code <= 2, op, argument, "row ", row, ", ", field,
         ": expected a dtype code of 0 (float32), 1 (bfloat16) or 2 (float16), got ", code);
   const int64_t size = element_size(dtype);
-  check(offset >= 0 && count >= 0 && offset <= bytes && count <= (bytes - offset) / size, op,
-        argument, "row ", row, ", ", field, ": expected a range inside the buffer of ", bytes,
-        " bytes, got ", count, " elements of ", size, " bytes at byte ", offset);
+  check(offset >= 0 && rows >= 0 && offset <= bytes &&
+            (cols == 0 || rows <= (bytes - offset) / size / cols),
+        op, argument, "row ", row, ", ", field, ": expected a range inside the buffer of ", bytes,
+        " bytes, got ", rows, " x ", cols, " elements of ", size, " bytes at byte ", offset);
 }
 
 // Flat buffers are addressed by byte, whatever dtype they are typed as.

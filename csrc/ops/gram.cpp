@@ -8,6 +8,7 @@ namespace fastagg::ops {
 
 std::tuple<Tensor, Tensor> gram(const Tensor& a, const Tensor& bt) {
   const Stack stack = stack_of("gram", a, bt, true);
+  check_countable("gram", "A", {stack.modules, stack.rows, stack.rows});
   Tensor ga = empty_cpu({stack.modules, stack.rows, stack.rows}, ScalarType::Double);
   Tensor gb = empty_cpu({stack.modules, stack.rows, stack.rows}, ScalarType::Double);
   cpu::gram(slab_of(stack.a), stack.modules, static_cast<double*>(ga.mutable_data_ptr()));
@@ -20,6 +21,7 @@ Tensor update_gram(const Tensor& a, const Tensor& bt, const std::optional<Tensor
   const Stack stack = stack_of("update_gram", a, bt, true);
   const auto c = coefficients("update_gram", given, stack.modules, stack.rows);
   check(clients >= 0, "update_gram", "clients", "expected a count of at least 0, got ", clients);
+  check_countable("update_gram", "clients", {stack.modules, clients, clients});
   check_cpu("update_gram", "owners", owners);
   check(owners.scalar_type() == ScalarType::Long, "update_gram", "owners",
         "expected dtype Long, got ", name_of(owners.scalar_type()));

@@ -31,6 +31,9 @@ void reconstruct_(const Tensor& base, const Tensor& a, const Tensor& bt,
   check_cpu("reconstruct_", "base", base);
   check_base("reconstruct_", "base", base.scalar_type());
   check_shape("reconstruct_", "base", base, {stack.modules, stack.m, stack.n});
+  for (int64_t d = 0; d < base.dim(); ++d)
+    check(base.stride(d) != 0 || base.size(d) <= 1, "reconstruct_", "base",
+          "expected memory of its own for every entry, got an expanded tensor; clone it first");
   // A weight may be a view (a transposed one, or a slice): the sum is made beside it and copied in.
   Tensor target = as_contiguous(base);
   cpu::reconstruct(slab_of(stack.a), slab_of(stack.bt), c.empty() ? nullptr : c.data(),

@@ -42,9 +42,9 @@ void write(const char* op, const std::vector<Tensor>& flats, const Tensor& u, co
           slot.rank);
     check(slot.flat >= 0 && slot.flat < static_cast<int64_t>(flats.size()), op, "slots", "row ", i,
           ": expected a flat buffer below ", flats.size(), ", got ", slot.flat);
-    check_range(op, "slots", i, "A", slot.a_offset, slot.rank * n, slot.a_dtype,
+    check_range(op, "slots", i, "A", slot.a_offset, slot.rank, n, slot.a_dtype,
                 bytes_of(flats[slot.flat]));
-    check_range(op, "slots", i, "B", slot.b_offset, slot.rank * m, slot.b_dtype,
+    check_range(op, "slots", i, "B", slot.b_offset, slot.rank, m, slot.b_dtype,
                 bytes_of(flats[slot.flat]));
     check(std::isfinite(scaling_data[i]) && scaling_data[i] != 0, op, "scalings", "row ", i,
           ": expected a finite scaling other than 0, got ", scaling_data[i]);

@@ -51,6 +51,16 @@ void mm_add(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& out) {
   }
 }
 
+// A result (of one or two dimensions) of the dispatcher, at its own strides, into memory of ours.
+void copy_out(const Tensor& result, const Matrix<double>& out) {
+  const auto* data = static_cast<const double*>(result.const_data_ptr());
+  const int64_t row_stride = result.stride(0);
+  const int64_t col_stride = result.dim() == 2 ? result.stride(1) : 0;
+  for (int64_t i = 0; i < out.rows; ++i)
+    for (int64_t j = 0; j < out.cols; ++j)
+      out.data[i * out.row_stride + j * out.col_stride] = data[i * row_stride + j * col_stride];
+}
+
 }  // namespace
 
 void run_tasks(int64_t count, TaskFunction function, void* context) {
@@ -91,27 +101,17 @@ void multiply_add(const Matrix<double>& a, const Matrix<double>& b, const Matrix
   mm_add(a, b, out);
 }
 
-void svd(const double* a, int64_t p, int64_t q, double* u, double* s, double* vt) {
-  const int64_t k = std::min(p, q);
-  if (k == 0) return;
-  const Tensor input = tensor_of(row_major(const_cast<double*>(a), p, q));
+void square_svd(const double* a, int64_t n, double* u, double* s, double* vt) {
+  if (n == 0) return;
   std::array<StableIValue, 3> stack{
-      torch::stable::detail::from(input), torch::stable::detail::from(false),
+      torch::stable::detail::from(tensor_of(row_major(const_cast<double*>(a), n, n))),
+      torch::stable::detail::from(false),
       torch::stable::detail::from(std::optional<std::string>(std::nullopt))};
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linalg_svd", "", stack.data(), TORCH_ABI_VERSION));
-  const std::array<double*, 3> outs{u, s, vt};
-  const std::array<int64_t, 3> rows{p, 1, k};
-  const std::array<int64_t, 3> cols{k, k, q};
-  for (size_t i = 0; i < 3; ++i) {
-    const Tensor result = torch::stable::detail::to<Tensor>(stack[i]);
-    const auto* data = static_cast<const double*>(result.const_data_ptr());
-    const int64_t row_stride = i == 1 ? 0 : result.stride(0);
-    const int64_t col_stride = i == 1 ? result.stride(0) : result.stride(1);
-    for (int64_t r = 0; r < rows[i]; ++r)
-      for (int64_t c = 0; c < cols[i]; ++c)
-        outs[i][r * cols[i] + c] = data[r * row_stride + c * col_stride];
-  }
+  const std::array<Matrix<double>, 3> outs{
+      row_major(u, n, n), {s, n, 1, 1, 0}, row_major(vt, n, n)};
+  for (size_t i = 0; i < 3; ++i) copy_out(torch::stable::detail::to<Tensor>(stack[i]), outs[i]);
 }
 
 }  // namespace fastagg::cpu

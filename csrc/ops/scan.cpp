@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor> scan(const Tensor& flat, const Tensor& spans) {
   const Tensor buffer = as_contiguous(flat);
   const auto rows = table<Span>("scan", "spans", spans);
   for (int64_t i = 0; i < rows.count; ++i)
-    check_range("scan", "spans", i, "span", rows[i].offset, rows[i].count, rows[i].dtype,
+    check_range("scan", "spans", i, "span", rows[i].offset, rows[i].count, 1, rows[i].dtype,
                 bytes_of(buffer));
   Tensor nonfinite = empty_cpu({rows.count}, ScalarType::Long);
   Tensor sums = empty_cpu({rows.count}, ScalarType::Double);

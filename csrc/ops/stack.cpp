@@ -22,9 +22,9 @@ void check_slots(const char* op, const Table<StackSlot>& slots, const std::vecto
     for (const int64_t flat : {slot.a_flat, slot.b_flat})
       check(flat >= 0 && flat < flat_count, op, "slots", "row ", i,
             ": expected a flat buffer below ", flat_count, ", got ", flat);
-    check_range(op, "slots", i, "A", slot.a_offset, slot.rank * n, slot.a_dtype,
+    check_range(op, "slots", i, "A", slot.a_offset, slot.rank, n, slot.a_dtype,
                 bytes_of(flats[slot.a_flat]));
-    check_range(op, "slots", i, "B", slot.b_offset, slot.rank * m, slot.b_dtype,
+    check_range(op, "slots", i, "B", slot.b_offset, slot.rank, m, slot.b_dtype,
                 bytes_of(flats[slot.b_flat]));
     const auto first = taken.begin() + slot.module * rows + slot.row;
     check(std::none_of(first, first + slot.rank, [](char used) { return used != 0; }), op, "slots",
@@ -76,6 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stack(const std::vector<Tensor>& flat
   for (const auto& [name, size] :
        {std::pair{"modules", modules}, {"rows", rows}, {"m", m}, {"n", n}})
     check(size >= 0, "stack", name, "expected a size of at least 0, got ", size);
+  check_countable("stack", "rows", {modules, rows, std::max(m, n)});
   check(is_factor_dtype(dtype), "stack", "dtype", "expected Float, BFloat16 or Half, got ",
         name_of(dtype));
   Tensor a = empty_cpu({modules, rows, n}, dtype);

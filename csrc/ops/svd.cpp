@@ -30,9 +30,12 @@ Decomposition decompose(bool wide, int64_t modules, int64_t m, int64_t n, int64_
   return {u, s, vt, stats};
 }
 
-void check_rank(const char* op, int64_t rank) {
+void check_rank(const char* op, int64_t rank, int64_t modules, int64_t m, int64_t n) {
   check(rank >= 0, op, "rank", "expected a rank of at least 0, got ", rank);
+  check_countable(op, "rank", {modules, std::max(m, n), rank});
 }
+
+constexpr int64_t kSmallestSketched = 64;
 
 struct SketchArguments {
   cpu::Sketch sketch;
@@ -42,13 +45,16 @@ struct SketchArguments {
 SketchArguments sketch_of(const char* op, int64_t modules, int64_t m, int64_t n, int64_t rank,
                           int64_t oversampling, int64_t power_iterations, int64_t seed,
                           const std::optional<Tensor>& streams, const Tensor& any) {
-  check_rank(op, rank);
+  check_rank(op, rank, modules, m, n);
   check(oversampling >= 0, op, "oversampling", "expected at least 0 columns, got ", oversampling);
   check(power_iterations >= 0, op, "power_iterations", "expected at least 0, got ",
         power_iterations);
-  SketchArguments out{{std::min({rank + oversampling, m, n}), power_iterations,
-                       static_cast<uint64_t>(seed), nullptr},
-                      any};
+  const int64_t most = std::min(m, n), first = std::min(rank, most);
+  int64_t columns = first + std::min(oversampling, most - first);
+  // A basis of the whole space costs less than power iterations of half its size, and leaves
+  // nothing to chance where a few random signs are all too likely to repeat each other.
+  if (most <= std::max(2 * columns, kSmallestSketched)) columns = most;
+  SketchArguments out{{columns, power_iterations, static_cast<uint64_t>(seed), nullptr}, any};
   if (streams) {
     check_cpu(op, "streams", *streams);
     check_shape(op, "streams", *streams, {modules});
@@ -71,7 +77,7 @@ Decomposition gram_svd(const Tensor& a, const Tensor& bt, const std::optional<Te
                        int64_t rank) {
   const Stack stack = stack_of("gram_svd", a, bt, true);
   const auto c = coefficients("gram_svd", given, stack.modules, stack.rows);
-  check_rank("gram_svd", rank);
+  check_rank("gram_svd", rank, stack.modules, stack.m, stack.n);
   return decompose(is_wide(stack), stack.modules, stack.m, stack.n, rank, [&](const auto& out) {
     cpu::gram_svd(slab_of(stack.a), slab_of(stack.bt), c.empty() ? nullptr : c.data(), out);
   });
