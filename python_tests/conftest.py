@@ -6,6 +6,9 @@ import os
 import secrets
 import zlib
 
+# Idle OpenMP threads that spin take a whole core from each other where tests share a machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import psutil
 import pytest
 import torch

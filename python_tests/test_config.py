@@ -13,7 +13,9 @@ from adapters import Tiny, make_config, make_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastagg.adapter import Adapter
 from fastagg.errors import InvalidInput
+from fastagg.folders.rounds import aggregate_folders
 from fastagg.peft_format.config import AdapterConfig
 
 
@@ -168,3 +170,17 @@ def test_peft_loads_the_ranks_and_scalings_of_with_ranks(tmp_path: Path) -> None
     scalings = {name: scaling for name, (_, scaling) in found.items()}
     assert scalings == pytest.approx(TINY_SCALINGS, rel=2**-52, abs=0)
     assert scalings["blocks.0"] == TINY_SCALINGS["blocks.0"]
+
+
+def test_the_order_of_patterns_counts_and_is_kept(tmp_path: Path) -> None:
+    """PEFT takes the first pattern that matches: the same ones in another order are another config."""
+    module, patterns = "model.layers.0.self_attn.q_proj", {"layers.0.+q_proj": 32, "q_proj": 4}
+    narrow = make_folder(tmp_path / "narrow", alpha_pattern=patterns)
+    wide = make_folder(tmp_path / "wide", alpha_pattern=dict(reversed(patterns.items())))
+    for folder, scaling in ((narrow, 4.0), (wide, 0.5)):
+        adapter = Adapter.load(folder)
+        assert adapter.scaling(module) == scaling
+        adapter.save(tmp_path / "saved", overwrite=True)
+        assert Adapter.load(tmp_path / "saved").scaling(module) == scaling
+        aggregate_folders([folder], tmp_path / "out", method="flexlora", force=True)
+        assert Adapter.load(tmp_path / "out/rank-8").scaling(module) == scaling
