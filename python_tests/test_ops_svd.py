@@ -217,3 +217,9 @@ def test_argument_errors_of_a_dense_update() -> None:
         ops.randomized_svd_dense(torch.ones(9, 7), rank=2, oversampling=2)
     with pytest.raises(RuntimeError, match=r"'W': expected dtype Float, .*got Long"):
         ops.randomized_svd_dense(torch.ones(1, 9, 7).long(), rank=2, oversampling=2)
+
+
+def test_a_sketch_too_large_to_count_is_refused() -> None:
+    huge = torch.empty(1, 0, 2**31)
+    with pytest.raises(RuntimeError, match=r"randomized_svd: argument '(rank|oversampling)'"):
+        ops.randomized_svd(huge, huge, rank=1, oversampling=2**31)

@@ -82,4 +82,29 @@ void solve_transposed(const PivotedCholesky& cholesky, double* y, int64_t cols) 
   }
 }
 
+std::vector<double> scaled(const double* g, const std::vector<double>& d) {
+  const auto size = static_cast<int64_t>(d.size());
+  std::vector<double> out(static_cast<size_t>(size * size));
+  for (int64_t i = 0; i < size; ++i)
+    for (int64_t j = 0; j < size; ++j) out[i * size + j] = d[i] * d[j] * g[i * size + j];
+  return out;
+}
+
+std::vector<double> coordinates(const PivotedCholesky& cholesky, const std::vector<double>& d,
+                                std::vector<double> w, int64_t cols) {
+  solve_transposed(cholesky, w.data(), cols);
+  std::vector<double> x(static_cast<size_t>(cholesky.size * cols), 0.0);
+  for (int64_t k = 0; k < cholesky.rank; ++k) {
+    const int64_t row = cholesky.pivots[k];
+    for (int64_t j = 0; j < cols; ++j) x[row * cols + j] = d[row] * w[k * cols + j];
+  }
+  return x;
+}
+
+double norm(const std::vector<double>& values) {
+  double sum = 0;
+  for (const double value : values) sum += value * value;
+  return std::sqrt(sum);
+}
+
 }  // namespace fastagg::cpu

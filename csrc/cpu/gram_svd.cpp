@@ -1,10 +1,8 @@
-// The exact route. With dW = B~ A~ (coefficients and balance folded in), G_B = B~^T B~ = F_B F_B^T
-// and G_A = A~ A~^T = F_A F_A^T by pivoted Cholesky, B~ = Q_B F_B^T with Q_B = B~[:, piv] L_B^-T,
-// so
+// The exact route. With dW = B~ A~ (coefficients and balance folded in), G_B = B~^T B~ = F_B F_B^T and
+// G_A = A~ A~^T = F_A F_A^T by pivoted Cholesky, B~ = Q_B F_B^T with Q_B = B~[:, piv] L_B^-T, so
 //     dW = Q_B (F_B^T F_A) Q_A^T,
 // and the SVD u s v^T of the small core gives U = Q_B u, V = Q_A v. The scalings never touch the
-// factors: they act on the R x R Gram matrices and on the R x r matrices X, Y of U = B X, V = A^T
-// Y.
+// factors: they act on the R x R Gram matrices, and on the R x r matrices X, Y of U = B X, V = A^T Y.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -34,32 +32,6 @@ struct Core {
   std::vector<double> alpha, beta;
   std::vector<double> x, y;  // (R, kept): U = B x, V = A^T y
 };
-
-std::vector<double> scaled(const double* g, const std::vector<double>& d) {
-  const auto size = static_cast<int64_t>(d.size());
-  std::vector<double> out(static_cast<size_t>(size * size));
-  for (int64_t i = 0; i < size; ++i)
-    for (int64_t j = 0; j < size; ++j) out[i * size + j] = d[i] * d[j] * g[i * size + j];
-  return out;
-}
-
-double norm(const std::vector<double>& values) {
-  double sum = 0;
-  for (const double value : values) sum += value * value;
-  return std::sqrt(sum);
-}
-
-// (R, kept) with row pivots[k] = scale * (L^-T w)_k, where w (rank, kept) holds singular vectors.
-std::vector<double> coordinates(const PivotedCholesky& cholesky, std::vector<double> w,
-                                const std::vector<double>& scale, int64_t kept) {
-  solve_transposed(cholesky, w.data(), kept);
-  std::vector<double> out(static_cast<size_t>(cholesky.size * kept), 0.0);
-  for (int64_t k = 0; k < cholesky.rank; ++k) {
-    const int64_t row = cholesky.pivots[k];
-    for (int64_t j = 0; j < kept; ++j) out[row * kept + j] = scale[row] * w[k * kept + j];
-  }
-  return out;
-}
 
 // How much larger the terms of a column of B x are than the unit vector that they sum to.
 double growth(const double* g, const std::vector<double>& x, int64_t rows, int64_t kept) {
@@ -139,8 +111,8 @@ Core solve_core(const double* ga, const double* gb, const double* c, int64_t row
     for (int64_t j = 0; j < core.kept; ++j) wu[i * core.kept + j] = u[i * k + j];
   for (int64_t i = 0; i < a.rank; ++i)
     for (int64_t j = 0; j < core.kept; ++j) wv[i * core.kept + j] = vt[j * a.rank + i];
-  core.x = coordinates(b, std::move(wu), beta, core.kept);
-  core.y = coordinates(a, std::move(wv), alpha, core.kept);
+  core.x = coordinates(b, beta, std::move(wu), core.kept);
+  core.y = coordinates(a, alpha, std::move(wv), core.kept);
   const double growth_u = growth(gb, core.x, rows, core.kept);
   const double growth_v = growth(ga, core.y, rows, core.kept);
   core.single_u = growth_u <= kSinglePrecisionGrowth;

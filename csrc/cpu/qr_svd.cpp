@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cholesky.h"
 #include "householder.h"
 #include "products.h"
 #include "svd.h"
@@ -16,12 +17,6 @@ HouseholderQr qr_of(const Slab& slab, int64_t module, const std::vector<double>&
   std::vector<double> columns(static_cast<size_t>(slab.rows * slab.cols));
   load_panel(slab, module, 0, slab.rows, 0, slab.cols, scale.data(), columns.data());
   return {std::move(columns), slab.cols, slab.rows};
-}
-
-double norm(const std::vector<double>& values) {
-  double sum = 0;
-  for (const double value : values) sum += value * value;
-  return std::sqrt(sum);
 }
 
 }  // namespace

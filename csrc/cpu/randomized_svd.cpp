@@ -15,7 +15,7 @@ namespace fastagg::cpu {
 namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
-constexpr double kBasisTolerance = 1e-13;  // NUMERICS: smaller pivots are noise of the fp32 columns
+constexpr double kBasisTolerance = 1e-13;  // smaller pivots are noise of the fp32 columns
 
 // Vectors that a Gram matrix gives further from orthogonal than this are corrected.
 constexpr double kLargestLoss = 1e-8;
@@ -202,7 +202,7 @@ void fill_test_matrix(const Sketch& sketch, int64_t modules, const Skinny<T>& om
   });
 }
 
-// X X^T of the transposed: G = Y^T Y (l, l) in fp64 for every module.
+// G = Y^T Y (l, l) in fp64 for every module.
 template <class T>
 Workspace<double> column_gram(const Skinny<T>& y, int64_t modules) {
   const int64_t l = y.l;
@@ -247,24 +247,8 @@ Basis basis_of(const double* g, int64_t l, double tolerance) {
     const double norm = std::sqrt(g[i * l + i]);
     basis.scale[i] = norm > 0 && std::isfinite(norm) ? std::ldexp(1.0, -nearest_exponent(norm)) : 0;
   }
-  std::vector<double> scaled(static_cast<size_t>(l * l));
-  for (int64_t i = 0; i < l; ++i)
-    for (int64_t j = 0; j < l; ++j)
-      scaled[i * l + j] = basis.scale[i] * basis.scale[j] * g[i * l + j];
-  basis.cholesky = pivoted_cholesky(scaled.data(), l, tolerance);
+  basis.cholesky = pivoted_cholesky(scaled(g, basis.scale).data(), l, tolerance);
   return basis;
-}
-
-// (l, cols) such that Y times it is Q w, where Q is the orthonormal basis and w (rank, cols).
-std::vector<double> basis_coordinates(const Basis& basis, std::vector<double> w, int64_t cols) {
-  const PivotedCholesky& cholesky = basis.cholesky;
-  solve_transposed(cholesky, w.data(), cols);
-  std::vector<double> x(static_cast<size_t>(cholesky.size * cols), 0.0);
-  for (int64_t k = 0; k < cholesky.rank; ++k) {
-    const int64_t row = cholesky.pivots[k];
-    for (int64_t j = 0; j < cols; ++j) x[row * cols + j] = basis.scale[row] * w[k * cols + j];
-  }
-  return x;
 }
 
 // Replaces the columns of y by an orthonormal basis of their span, zeros after its dimension.
@@ -278,7 +262,7 @@ void orthonormalise(const Skinny<T>& y, int64_t modules) {
     const int64_t rank = basis.cholesky.rank;
     std::vector<double> identity(static_cast<size_t>(rank * l), 0.0);
     for (int64_t k = 0; k < rank; ++k) identity[k * l + k] = 1.0;
-    x[module] = basis_coordinates(basis, std::move(identity), l);
+    x[module] = coordinates(basis.cholesky, basis.scale, std::move(identity), l);
   });
   const int64_t panels = tiles(y.size, kPanel);
   for_each_task(modules * panels, [&](int64_t task) {
@@ -361,7 +345,7 @@ void finish(const Map& map, const Skinny<T>& q, const Skinny<T>& z,
       for (int64_t i = 0; i < rank; ++i) right[i * kept + j] = vt[j * rank + i];
       out.s[module * out.r + j] = static_cast<T>(std::ldexp(s[j], map.exponent(module)));
     }
-    std::vector<double> y = basis_coordinates(basis, std::move(right), kept);
+    std::vector<double> y = coordinates(basis.cholesky, basis.scale, std::move(right), kept);
     if (kept > 0) {
       // Z's Gram matrix knows the directions of its small singular values only roughly.
       if (kEps * captured > kLargestLoss * s[kept - 1] * s[kept - 1])
@@ -412,7 +396,7 @@ void sketched_svd(const Map& map, const Sketch& sketch, const std::vector<double
       orthonormalise(x, out.modules);
       map.forward(x, y);
     }
-    // NUMERICS: the last basis takes two passes; the first leaves what the pivots' range lost.
+    // The last basis takes two passes: the first leaves what the pivots' range lost.
     orthonormalise(y, out.modules);
     orthonormalise(y, out.modules);
   }

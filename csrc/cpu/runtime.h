@@ -57,11 +57,13 @@ void square_svd(const double* a, int64_t n, double* u, double* s, double* vt);
 template <class T>
 class Workspace {
  public:
-  explicit Workspace(int64_t count)
-      : data_(count == 0 ? nullptr
-                         : static_cast<T*>(std::aligned_alloc(
-                               64, (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64))) {
-    if (count != 0 && !data_) throw std::bad_alloc();
+  explicit Workspace(int64_t count) {
+    if (count == 0) return;
+    constexpr int64_t kMost = (INT64_MAX - 63) / static_cast<int64_t>(sizeof(T));
+    if (count > 0 && count <= kMost)
+      data_.reset(static_cast<T*>(
+          std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64)));
+    if (!data_) throw std::bad_alloc();
   }
   T* get() const { return data_.get(); }
   T& operator[](int64_t i) const { return data_.get()[i]; }

@@ -1,5 +1,5 @@
-// Truncated SVDs of dW = B diag(c) A, batched over the modules of a bucket (NUMERICS: one blueprint
-// for both routes). Non-finite input gives NaN throughout, never a rank: the caller decides.
+// Truncated SVDs of dW = B diag(c) A, batched over the modules of a bucket. Non-finite input gives
+// NaN throughout, never a rank: the caller decides.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,7 @@ void randomized_svd(const Slab& a, const Slab& bt, const double* coefficients, c
 template <class T>
 void randomized_svd_dense(const Slab& w, const Sketch& sketch, const SvdOut<T>& out);
 
-// NUMERICS: the promise of an exact route is error <= optimal + 2e-6 |dW|.
+// The promise of an exact route: error <= optimal error + kPromise |dW|.
 constexpr double kPromise = 2e-6;
 
 // Writes the singular values and stats of an exact route and returns how many of r columns carry

@@ -94,6 +94,8 @@ __attribute__((target("avx512f"))) void transpose_avx512(const float* in, int64_
     _mm512_storeu_pd(sum + kTile / 2, sum_high);
     for (int64_t j = 0; j < width; ++j) sums[c + j] += sum[j];
   }
+  // Such stores are weakly ordered: another thread must see them before it hears of the end.
+  if (stream) _mm_sfence();
 }
 
 #endif

@@ -18,6 +18,7 @@ Tensor reconstruct(const Tensor& a, const Tensor& bt, const std::optional<Tensor
   const Stack stack = stack_of("reconstruct", a, bt, false);
   const auto c = coefficients("reconstruct", given, stack.modules, stack.rows);
   check_base("reconstruct", "dtype", dtype);
+  check_countable("reconstruct", "A", {stack.modules, stack.m, stack.n});
   Tensor out = empty_cpu({stack.modules, stack.m, stack.n}, dtype);
   cpu::reconstruct(slab_of(stack.a), slab_of(stack.bt), c.empty() ? nullptr : c.data(),
                    stack.modules, out.mutable_data_ptr(), dtype_of(out), true);

@@ -54,6 +54,7 @@ SketchArguments sketch_of(const char* op, int64_t modules, int64_t m, int64_t n,
   // A basis of the whole space costs less than power iterations of half its size, and leaves
   // nothing to chance where a few random signs are all too likely to repeat each other.
   if (most <= std::max(2 * columns, kSmallestSketched)) columns = most;
+  check_countable(op, "oversampling", {modules, std::max(m, n), columns});
   SketchArguments out{{columns, power_iterations, static_cast<uint64_t>(seed), nullptr}, any};
   if (streams) {
     check_cpu(op, "streams", *streams);
@@ -78,6 +79,7 @@ Decomposition gram_svd(const Tensor& a, const Tensor& bt, const std::optional<Te
   const Stack stack = stack_of("gram_svd", a, bt, true);
   const auto c = coefficients("gram_svd", given, stack.modules, stack.rows);
   check_rank("gram_svd", rank, stack.modules, stack.m, stack.n);
+  check_countable("gram_svd", "A", {stack.modules, stack.rows, stack.rows});
   return decompose(is_wide(stack), stack.modules, stack.m, stack.n, rank, [&](const auto& out) {
     cpu::gram_svd(slab_of(stack.a), slab_of(stack.bt), c.empty() ? nullptr : c.data(), out);
   });
