@@ -3,6 +3,8 @@
 //     dW = Q_B (F_B^T F_A) Q_A^T,
 // and the SVD u s v^T of the small core gives U = Q_B u, V = Q_A v. The scalings never touch the
 // factors: they act on the R x R Gram matrices, and on the R x r matrices X, Y of U = B X, V = A^T Y.
+// A module whose Gram matrices cannot keep the promise (clients that all but cancel, wanted singular
+// values over many decades) is found by its pivots and its vectors' terms, and left to qr_svd.
 #include <algorithm>
 #include <cmath>
 #include <limits>

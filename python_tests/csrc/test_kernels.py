@@ -18,4 +18,4 @@ def test_ragged_sizes(
     """Buffers of exactly their size, at any alignment; tasks in every order and on three threads."""
     folder = tmp_path_factory.mktemp("kernels")
     program = build(folder, "kernels", SOURCES, sanitizer)
-    run(program, str(seed), "12", *arguments)
+    run(program, str(seed), "8", *arguments)
