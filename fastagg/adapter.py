@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastagg.errors import InvalidInput
 from fastagg.peft_format.adapter_folder import (
     WEIGHTS_NAME,
     find_weights,
+    named_path,
     new_folder,
     read_config,
     write_synced,
@@ -24,6 +24,10 @@ from fastagg.peft_format.layout import Layout, Slot, TensorSpan, hash_of, packed
 from fastagg.peft_format.safetensors_file import MappedFile, header_bytes, view
 
 __all__ = ["WEIGHTS_NAME", "Adapter"]
+
+
+# The largest float32.
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class Adapter:
@@ -66,7 +70,7 @@ class Adapter:
                 that cannot be aggregated exactly.
         """
         path = Path(folder)
-        name = path.resolve().name
+        name = named_path(path).name
         config = AdapterConfig.from_dict(read_config(path, name), client=name)
         file = MappedFile.open(find_weights(path, name), client=name)
         spans = list(file.spans.values())
@@ -181,15 +185,15 @@ class Adapter:
         """Reads every number once.
 
         Raises:
-            InvalidInput: NaN or infinity, naming the first tensor that has any and their count; or
-                the file was rewritten since it was mapped.
+            InvalidInput: NaN or infinity, naming the first tensor that has any and their count; factors
+                whose product may leave float32's range; or the file was rewritten since it was mapped.
         """
         from fastagg import ops
 
         client = client or self._name
         if self._file is not None:
             self._file.check_unchanged(client)
-        nonfinite, _ = ops.scan(self._flat, self._layout.spans_table)
+        nonfinite, squares = ops.scan(self._flat, self._layout.spans_table)
         bad = torch.nonzero(nonfinite).flatten()
         if bad.numel():
             first = int(bad[0])
@@ -204,6 +208,19 @@ class Adapter:
                 expected="finite values",
                 cure="The client's training diverged: leave it out of this round (--skip-invalid)",
             )
+        norms = dict(zip(self._layout.tensors, squares.sqrt().tolist(), strict=True))
+        for slot in self._layout.slots:
+            # |s B A|_F <= |s| |B|_F |A|_F: one such client would spoil the sum for all.
+            bound = abs(slot.scaling) * norms[slot.a] * norms[slot.b]
+            if bound > _LARGEST:
+                raise InvalidInput(
+                    "the factors are so large that their product may leave the range of float32",
+                    client=client,
+                    module=slot.module,
+                    expected=f"|scaling| |B| |A| of at most {_LARGEST:.2g}",
+                    got=f"{bound:.2g}",
+                    cure="The client's training diverged: leave it out of this round (--skip-invalid)",
+                )
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes a folder that PEFT loads: written beside, synced, then renamed into place.
@@ -214,8 +231,7 @@ class Adapter:
             InvalidInput: the folder exists and may not be overwritten.
         """
         with new_folder(Path(folder), overwrite=overwrite, client=self._name) as made:
-            text = json.dumps(dict(self._config.raw), indent=2, sort_keys=True)
-            write_synced(made / CONFIG_NAME, [text.encode()])
+            write_synced(made / CONFIG_NAME, [self._config.file_text.encode()])
             write_synced(made / WEIGHTS_NAME, self._file_chunks())
 
     def _file_chunks(self) -> Iterator[bytes | memoryview]:

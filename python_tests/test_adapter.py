@@ -238,3 +238,13 @@ def test_whole_tensors_are_checked_too() -> None:
         make_adapter(extra_tensors=extra).check_finite()
     assert caught.value.field == "base_model.model.score.weight"
     make_adapter().check_finite()
+
+
+def test_factors_whose_product_leaves_float32_are_refused(tmp_path: Path) -> None:
+    """Finite, each of them: but one such client would make the sum of all clients infinite."""
+    state = make_state_dict(rank=2)
+    large = {key: tensor * 1e30 for key, tensor in state.items()}
+    with pytest.raises(InvalidInput, match=r"anna.*q_proj.*range of float32"):
+        Adapter(large, make_config(rank=2), name="anna").check_finite()
+    gauged = {key: tensor * (1e30 if "lora_A" in key else 1e-30) for key, tensor in state.items()}
+    Adapter(gauged, make_config(rank=2), name="ben").check_finite()
