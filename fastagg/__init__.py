@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'fastagg' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"fastagg.{home}"), name)
-    # `fastagg.aggregate` is the function: importing the module of that name must not hide it.
+    # Kept, so that the next use does not come here.
     globals()[name] = value
     return value
 

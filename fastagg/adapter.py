@@ -181,6 +181,11 @@ class Adapter:
         product = torch.mm(b.float(), a.float()).mul_(slot.scaling)
         return (product.t() if slot.transposed else product).reshape(slot.weight_shape)
 
+    def check_unchanged(self, client: str | None = None) -> None:
+        """Raises InvalidInput where the file was rewritten in place since it was mapped."""
+        if self._file is not None:
+            self._file.check_unchanged(client or self._name)
+
     def check_finite(self, client: str | None = None) -> None:
         """Reads every number once.
 
@@ -191,8 +196,7 @@ class Adapter:
         from fastagg import ops
 
         client = client or self._name
-        if self._file is not None:
-            self._file.check_unchanged(client)
+        self.check_unchanged(client)
         nonfinite, squares = ops.scan(self._flat, self._layout.spans_table)
         bad = torch.nonzero(nonfinite).flatten()
         if bad.numel():

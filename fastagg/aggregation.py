@@ -18,12 +18,11 @@ from fastagg.handouts.folder import CLIENTS_NAME, REPORT_NAME, handout_folder
 from fastagg.handouts.sink import MemorySink
 from fastagg.handouts.target import (
     Target,
-    all_ranks,
     check_ranks,
     for_client,
     for_rank,
     for_stack,
-    per_signature,
+    targets_for,
 )
 from fastagg.handouts.writer import HandoutWriter, Progress
 from fastagg.method import Method
@@ -52,7 +51,8 @@ class HandoutOptions:
 class Aggregate:
     """What a round of clients adds up to; made by :meth:`fastagg.Aggregator.finalize`.
 
-    Everything is computed when it is asked for, some modules at a time. ``dW`` is the method's own
+    Everything is computed when it is asked for, some modules at a time; several threads may ask at
+    once. ``dW`` is the method's own
     aggregate: the exact sum_k p_k s_k B_k A_k for flora and flexlora, the product of the averaged
     factors for fedit, zeropad and hetlora.
     """
@@ -228,7 +228,9 @@ class Aggregate:
             InvalidInput: the folder exists, or ranks that the method does not hand out.
             MemoryBudgetExceeded: not even one module fits into max_memory beside the accumulator.
         """
-        targets = self._targets(ranks)
+        targets = targets_for(
+            self._roster, self.method.handout, ranks, self._options.dtype
+        )
         require(
             self._source.nbytes + self._writer.held_bytes + self._writer.workspace_bytes(targets),
             self._options.max_memory,
@@ -282,16 +284,6 @@ class Aggregate:
             self._log.peak,
             limit,
         )
-
-    def _targets(self, ranks: Iterable[int] | None) -> list[Target]:
-        if ranks is not None:
-            listed = check_ranks(ranks)
-            for rank in listed:
-                self.method.handout.check_rank(rank, self._log.largest_rank)
-            return all_ranks(self._roster, listed, self._options.dtype)
-        if not self.method.handout.ranked:
-            return [for_stack(self._roster, self._options.dtype)]
-        return per_signature(self._roster, self._options.dtype)
 
     def _in_memory(self, writer: HandoutWriter, target: Target) -> Adapter:
         held = self._source.nbytes + target.layout.nbytes

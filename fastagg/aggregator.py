@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fastagg import methods
 from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumulator
+from fastagg.adapter import Adapter
 from fastagg.aggregation import Aggregate, HandoutOptions
 from fastagg.byte_sizes import parse_bytes
 from fastagg.errors import FastAggError, InvalidInput
 from fastagg.handouts.choices import Settings
+from fastagg.linalg import ROUTES
 from fastagg.method import Method
 from fastagg.peft_format.config import AdapterConfig
 from fastagg.peft_format.layout import Layout
 from fastagg.report import Stopwatch
 from fastagg.rounds.budget import PeakMemory
 from fastagg.rounds.memory_plan import Accumulator, MemoryPlan
-from fastagg.rounds.options import check_choice, parse_device, parse_dtype
+from fastagg.rounds.options import check_choice, parse_device, parse_dtype, parse_seed
 from fastagg.rounds.roster import Member, Roster
 from fastagg.update import ClientUpdate
 
 __all__ = ["Aggregator"]
-
-_ROUTES = ("auto", "gram", "qr", "randomized", "dense")
 
 
 class Aggregator:
@@ -55,7 +54,11 @@ class Aggregator:
     """
 
     _accumulator: Accumulator
+    _interrupted: str | None
+    _peak: PeakMemory
     _plan: MemoryPlan
+    _roster: Roster
+    _watch: Stopwatch
 
     def __init__(
         self,
@@ -72,11 +75,11 @@ class Aggregator:
         self.method = methods.get(method)
         self.missing = check_choice("missing", missing, ("renormalise", "zero"))
         self.accumulator = check_choice("accumulator", accumulator, ("auto", "stack", "dense"))
-        self.route = check_choice("route", route, _ROUTES)
+        self.route = check_choice("route", route, ROUTES)
         self.device = parse_device(device)
         self.dtype = parse_dtype(dtype)
         self.max_memory = parse_bytes(max_memory)
-        self.seed = int(seed)
+        self.seed = parse_seed(seed)
         self.method.check_accumulator(self.accumulator)
         self._reset()
 
@@ -118,8 +121,7 @@ class Aggregator:
         member = Member(client, update.weight, adapter.layout, adapter.config, weights, absent)
         with self._watch.stage("fold"):
             self._make_room([member])
-            self._changing(lambda: self._accumulator.add([member], [adapter.flat]))
-        self._roster.admit(member)
+            self._changing(lambda: self._copy_or_add(member, adapter), [member])
         self._peak.sample()
 
     def plan_for(self, clients: Iterable[tuple[str, Layout, AdapterConfig]]) -> tuple[str, int]:
@@ -129,8 +131,8 @@ class Aggregator:
             clients: (client id, layout, config) of each.
 
         Returns:
-            The accumulator, "stack", "dense" or "auto" (where the method has only one), and the
-            bytes that it and the work beside it take.
+            The accumulator, "stack", "dense" or "means", and the bytes that it and the work beside
+            it take.
 
         Raises:
             InvalidInput: the clients do not fit together.
@@ -152,9 +154,8 @@ class Aggregator:
                 got=f"{len(self._roster)} clients",
             )
         roster = self._new_roster().with_headers(clients)
-        accumulator, _ = self._plan.choose(roster)
-        self._reset(accumulator)
-        self._plan = replace(self._plan, settled=True)
+        kind, _ = self._plan.choose(roster)
+        self._reset(kind)
         if isinstance(self._accumulator, MeanAccumulator):
             sizes = roster.sizes
             self._accumulator.reserve(
@@ -180,9 +181,7 @@ class Aggregator:
             return
         with self._watch.stage("fold"):
             self._make_room(members, other._accumulator)
-            self._changing(lambda: self._join(other._accumulator, members))
-        for member in members:
-            self._roster.admit(member)
+            self._changing(lambda: self._join(other._accumulator, members), members)
         self._peak.sample()
 
     def finalize(self) -> Aggregate:
@@ -200,12 +199,18 @@ class Aggregator:
                 got="none",
                 cure="Add a client's update first",
             )
-        with self._watch.stage("fold"):
-            source = self._accumulator.finish(self._roster, self.missing)
         options = HandoutOptions(
             self.missing, Settings(self.route, self.seed), self.dtype, self.max_memory
         )
-        result = Aggregate(source, self._roster, self.method, options, self._watch, self._peak)
+        sums = self._accumulator
+        try:
+            with self._watch.stage("fold"):
+                source = sums.finish(self._roster, self.missing)
+            result = Aggregate(source, self._roster, self.method, options, self._watch, self._peak)
+        except BaseException as error:
+            if isinstance(sums, DenseAccumulator) and sums.divided:
+                self._interrupted = type(error).__name__
+            raise
         self._reset()
         return result
 
@@ -224,18 +229,21 @@ class Aggregator:
         """Continues a round that was saved: what follows has the bits that it would have had.
 
         Raises:
-            InvalidInput: not such a state, a damaged one, or one of another method or another
-                ``missing``; nothing is changed then.
+            InvalidInput: not such a state, a damaged one, or one of another method, another
+                ``missing``, or an accumulator that the options exclude; nothing is changed then.
+            MemoryBudgetExceeded: it does not fit into max_memory; nothing is changed then.
         """
         from fastagg.rounds.state import load
 
         roster = self._new_roster()
         accumulator = load(
-            state, self.method, self.missing, roster, self.device, self._plan.fold_limit
+            state,
+            MemoryPlan(self.method, self._plan.settings, self.max_memory, self.accumulator),
+            self.missing,
+            roster,
+            self.device,
         )
-        self._reset()
-        self._roster = roster
-        self._accumulator = accumulator
+        self._reset(contents=(roster, accumulator))
 
     def __repr__(self) -> str:
         return (
@@ -243,21 +251,29 @@ class Aggregator:
             f"{self._accumulator.kind}, {self.memory} bytes)"
         )
 
-    def _reset(self, mode: str | None = None) -> None:
+    def _reset(
+        self, settled: str | None = None, contents: tuple[Roster, Accumulator] | None = None
+    ) -> None:
+        """Begins a round: an empty one, or one that was saved."""
+        self._interrupted = "a round was about to begin"
         settings = Settings(self.route, self.seed)
-        self._plan = MemoryPlan(self.method, settings, self.max_memory, mode or self.accumulator)
-        self._roster = self._new_roster()
-        self._accumulator = StackAccumulator(self.device)
-        if "means" in self.method.accumulators:
-            self._accumulator = MeanAccumulator(self.device, self.missing, self._plan.fold_limit)
-        elif self._plan.mode == "dense":
-            self._accumulator = self._empty_dense()
+        self._plan = MemoryPlan(
+            self.method, settings, self.max_memory, self.accumulator, settled
+        )
+        self._roster, self._accumulator = contents or (self._new_roster(), self._empty())
         self._watch = Stopwatch()
         self._peak = PeakMemory()
-        self._interrupted: str | None = None
+        self._interrupted = None
 
     def _new_roster(self) -> Roster:
         return Roster(equal_ranks=self.method.equal_ranks, method=self.method.name)
+
+    def _empty(self) -> Accumulator:
+        if self._plan.first == "means":
+            return MeanAccumulator(self.device, self.missing, self._plan.fold_limit)
+        if self._plan.first == "dense":
+            return self._empty_dense()
+        return StackAccumulator(self.device)
 
     def _empty_dense(self) -> DenseAccumulator:
         return DenseAccumulator(self.device, self.missing, self._plan.fold_limit)
@@ -273,7 +289,9 @@ class Aggregator:
 
     def _join(self, theirs: Accumulator, members: Sequence[Member]) -> None:
         ours = self._accumulator
-        if isinstance(theirs, StackAccumulator):
+        if isinstance(theirs, StackAccumulator) and isinstance(ours, StackAccumulator):
+            ours.merge(theirs)
+        elif isinstance(theirs, StackAccumulator):
             ours.add(members, [theirs.flats[member.client] for member in members])
         elif isinstance(theirs, DenseAccumulator):
             assert isinstance(ours, DenseAccumulator)
@@ -282,20 +300,34 @@ class Aggregator:
             assert isinstance(ours, MeanAccumulator)
             ours.merge(theirs)
 
-    def _changing(self, change: Callable[[], None]) -> None:
-        """Runs a change of the accumulator that, once begun, must not stop half way."""
+    def _copy_or_add(self, member: Member, adapter: Adapter) -> None:
+        self._accumulator.add([member], [adapter.flat])
+        if isinstance(self._accumulator, StackAccumulator):
+            adapter.check_unchanged(member.client)
+
+    def _changing(self, change: Callable[[], None], members: Sequence[Member]) -> None:
+        """Changes the accumulator and admits the members; once begun, that must not stop half way.
+
+        A stack is changed whole or not at all, so only the admission matters there.
+        """
+        admitting = False
         try:
             change()
+            admitting = True
+            for member in members:
+                self._roster.admit(member)
         except BaseException as error:
-            if not isinstance(self._accumulator, StackAccumulator):
+            if admitting or not isinstance(self._accumulator, StackAccumulator):
                 self._interrupted = type(error).__name__
+            else:
+                self._accumulator.discard(members)
             raise
 
     def _check_usable(self) -> None:
         if self._interrupted is not None:
             raise FastAggError(
-                f"an update was interrupted ({self._interrupted}) while it was being added to the "
-                "sums, which are worth nothing now. Load a saved state, or start the round again"
+                f"a change of the round was interrupted ({self._interrupted}): what was added up is "
+                "worth nothing now. Load a saved state, or start the round again"
             )
 
     def _check_like(self, other: Aggregator) -> None:

@@ -25,19 +25,6 @@ PACKAGES = (
     "typer",
     "rich",
 )
-OPS = (
-    "scan",
-    "stack",
-    "reconstruct",
-    "reconstruct_",
-    "gram",
-    "update_gram",
-    "gram_svd",
-    "randomized_svd",
-    "randomized_svd_dense",
-    "redistribute",
-    "redistribute_",
-)
 # The dispatch keys a kernel of ours may be registered under, in the order of the table.
 BACKENDS = ("CPU", "CUDA", "Meta", "ADInplaceOrView")
 _VARIABLES = (
@@ -164,7 +151,7 @@ def _libraries() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, dict[str, bool]]:
-    """op -> dispatch key -> whether a kernel is registered there."""
+    """op -> dispatch key -> whether a kernel is registered there; {} without the library."""
     import torch
 
     _read(lambda: importlib.import_module("fastagg.ops"))  # registers what can be loaded
@@ -173,6 +160,5 @@ def _kernels() -> dict[str, dict[str, bool]]:
     registered = {name.removeprefix(prefix) for name in known if name.startswith(prefix)}
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return {
-        op: {key: op in registered and has_kernel(prefix + op, key) for key in BACKENDS}
-        for op in sorted(registered.union(OPS))
+        op: {key: has_kernel(prefix + op, key) for key in BACKENDS} for op in sorted(registered)
     }

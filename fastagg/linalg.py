@@ -120,7 +120,7 @@ def svd_of_stack(
 ) -> Decomposition:
     """:func:`truncated_svd` of a bucket's stack: A (L, R, n), Bt (L, R, m), coefficients (L, R).
 
-    Does not synchronise with the device: a module with non-finite input comes back as NaN.
+    A module with non-finite input comes back as NaN; only route "qr" waits for the device.
     """
     oversampling = rank if oversampling is None else oversampling
     if route == "auto":
@@ -258,7 +258,7 @@ def _decomposition(route: str, result: tuple[Tensor, Tensor, Tensor, Tensor]) ->
     return Decomposition(U, S, Vt, route, norm2, certificate, numerical_rank)
 
 
-def _power_of_two(largest: Tensor) -> Tensor:
+def _exponent_of(largest: Tensor) -> Tensor:
     """The exponent (L,) of the largest magnitude, 0 where that is zero or not finite."""
     usable = (largest > 0) & torch.isfinite(largest)
     return torch.where(usable, torch.frexp(torch.where(usable, largest, 1.0))[1], 0)
@@ -278,11 +278,11 @@ def _normalised_dense(
         zero = A.new_zeros(modules, dtype=torch.float64)
         return A.new_zeros((modules, Bt.shape[2], n), dtype=dtype), zero, zero
     c = A.new_ones(A.shape[:2], dtype=torch.float64) if coefficients is None else coefficients
-    # Row by row, |c_r| |a_r|_max |b_r|_max bounds the terms; sqrt splits c between the factors.
-    scale_a = torch.exp2(-_power_of_two(A.abs().amax(2).double()).double())
-    scale_b = torch.exp2(-_power_of_two(Bt.abs().amax(2).double()).double())
+    # Row by row, |c_r| |a_r|_max |b_r|_max bounds the terms.
+    scale_a = torch.exp2(-_exponent_of(A.abs().amax(2).double()).double())
+    scale_b = torch.exp2(-_exponent_of(Bt.abs().amax(2).double()).double())
     middle = c.double() / (scale_a * scale_b)
-    exponent = _power_of_two(middle.abs().amax(1))
+    exponent = _exponent_of(middle.abs().amax(1))
     middle = middle * torch.exp2(-exponent.double())[:, None]
     left = A.double() * scale_a[..., None]
     right = Bt.double() * scale_b[..., None]

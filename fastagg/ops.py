@@ -21,11 +21,9 @@ import torch
 from torch import Tensor
 
 from fastagg import _library
+from fastagg.dtypes import DTYPE_CODES as DTYPE_CODES
 
 _library.require(_library.OPS)
-
-DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The codes that stand for a dtype in the int64 tables."""
 
 _ops = torch.ops.fastagg
 

@@ -61,11 +61,15 @@ class ClientUpdate:
         return cls(folder, weight, client_id)
 
     def validate(self) -> None:
-        """Checks what construction did not: that every number is finite. Done once.
+        """Checks what construction did not: that every number is finite, and the file unchanged.
+
+        The numbers are read once, however often it is called.
 
         Raises:
-            InvalidInput: naming the client, the module and the number of bad values.
+            InvalidInput: naming the client, the module and the number of bad values; or the file
+                was rewritten since it was mapped.
         """
+        self.adapter.check_unchanged(self.client_id)
         if not self._finite:  # type: ignore[attr-defined]
             self.adapter.check_finite(client=self.client_id)
             object.__setattr__(self, "_finite", True)

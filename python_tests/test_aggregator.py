@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastagg
+import fastagg.rounds.state
 from fastagg import Aggregator, ClientUpdate
+from fastagg.accumulators import StackAccumulator
 from fastagg.byte_sizes import parse_bytes
 from fastagg.errors import FastAggError, InvalidInput, MemoryBudgetExceeded
 
@@ -207,6 +212,75 @@ def test_an_interrupted_copy_leaves_the_stack_as_it_was(
     assert aggregator.clients == ("c0", "c1")
 
 
+@pytest.mark.parametrize("options", [{}, {"accumulator": "dense"}, {"method": "zeropad"}], ids=str)
+def test_ctrl_c_during_the_admission_is_told(
+    seed: int, options: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = [client(f"c{k}", 4, seed=seed + k) for k in range(3)]
+    aggregator = added(clients[:2], **options)
+    state = snapshot(aggregator)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for change in (lambda: aggregator.add(clients[2].update),
+                   lambda: aggregator.merge(added(clients[2:], **options))):
+        other = added(clients[2:], **options)
+        monkeypatch.setattr("fastagg.rounds.roster.Roster.admit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            aggregator.merge(other)
+        monkeypatch.undo()
+        with pytest.raises(FastAggError, match="interrupted"):
+            aggregator.finalize()
+        aggregator.load_state_dict(state)
+        change()
+        assert aggregator.clients == ("c0", "c1", "c2")
+        aggregator.load_state_dict(state)
+
+
+def test_ctrl_c_during_the_division_is_told(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clients = [client(f"c{k}", 4, weight=3, seed=seed + k) for k in range(2)]
+    aggregator = added(clients, accumulator="dense")
+    state = snapshot(aggregator)
+    expected = bits(added(clients, accumulator="dense").finalize(), clients)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastagg.accumulators.dense.DenseSource.__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        aggregator.finalize()
+    monkeypatch.undo()
+    with pytest.raises(FastAggError, match="interrupted"):
+        aggregator.finalize()
+    aggregator.load_state_dict(state)
+    # Before the division nothing was changed.
+    monkeypatch.setattr("fastagg.accumulators.dense.check_totals", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        aggregator.finalize()
+    monkeypatch.undo()
+    assert bits(aggregator.finalize(), clients) == expected
+
+
+def test_a_file_rewritten_while_it_is_copied_is_refused(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aggregator = added([client("c0", 4, seed=seed)])
+    before = snapshot(aggregator)
+    update = ClientUpdate(make_folder(tmp_path / "c1", SHAPES))
+    real = StackAccumulator.add
+
+    def rewritten(*arguments: Any) -> None:
+        real(*arguments)
+        os.utime(tmp_path / "c1" / "adapter_model.safetensors", ns=(1, 1))
+
+    monkeypatch.setattr(StackAccumulator, "add", rewritten)
+    with pytest.raises(InvalidInput, match="was rewritten"):
+        aggregator.add(update)
+    assert same(before, aggregator.state_dict())
+    assert aggregator.memory == client("c0", 4, seed=seed).adapter.nbytes
+
+
 def test_the_adapter_may_change_after_it_was_added(seed: int) -> None:
     clients = [client(f"c{k}", 4, seed=seed + k) for k in range(2)]
     expected = bits(added(clients).finalize(), clients)
@@ -328,6 +402,52 @@ def test_a_stack_joins_sums(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
             assert (result.delta(module) - expected).norm() <= 1e-6 * expected.norm()
 
 
+def test_sums_join_a_round_that_was_settled_for_the_stack(seed: int) -> None:
+    clients = mixed_round(seed)
+    settled = Aggregator()
+    settled.expect([(each.name, each.adapter.layout, each.adapter.config) for each in clients[2:]])
+    assert settled.accumulator_kind == "stack"
+    sums = added(clients[:2], accumulator="dense")
+    sums.accumulator = "auto"  # as one that has changed to dense
+    settled.add(clients[2].update)
+    settled.merge(sums)
+    assert settled.accumulator_kind == "dense"
+    for each in clients[3:]:
+        settled.add(each.update)
+    result = settled.finalize()
+    for module in SHAPES:
+        expected = exact(clients, module)
+        assert (result.delta(module) - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_a_settled_dense_round_is_merged(seed: int) -> None:
+    clients = mixed_round(seed)
+    settled = Aggregator(accumulator="dense")
+    settled.expect([(each.name, each.adapter.layout, each.adapter.config) for each in clients[2:]])
+    for each in clients[2:]:
+        settled.add(each.update)
+    settled.merge(added(clients[:2], accumulator="dense"))
+    result = settled.finalize()
+    for module in SHAPES:
+        expected = exact(clients, module)
+        assert (result.delta(module) - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_merged_stacks_share_their_buffers(seed: int) -> None:
+    mine, theirs = added([client("a", 4, seed=seed)]), added([client("b", 4, seed=seed)])
+    mine.merge(theirs)
+    assert mine._accumulator.flats["b"] is theirs._accumulator.flats["b"]
+
+
+def test_a_copy_that_fails_half_way_leaves_nothing(seed: int) -> None:
+    clients = [client(f"c{k}", 4, seed=seed + k) for k in range(2)]
+    members = added(clients)._roster.sorted()
+    stack = StackAccumulator(torch.device("cpu"))
+    with pytest.raises(AttributeError):
+        stack.add(members, [clients[0].adapter.flat, None])  # type: ignore[list-item]
+    assert stack.flats == {}
+
+
 def test_unlike_aggregators_are_not_merged(seed: int) -> None:
     mine = added([client("a", 4, seed=seed)])
     before = snapshot(mine)
@@ -410,6 +530,75 @@ def test_a_damaged_state_is_refused_whole(seed: int, options: dict[str, str]) ->
         assert same(before, aggregator.state_dict())
     with pytest.raises(InvalidInput, match="another method"):
         Aggregator("flora").load_state_dict(good)
+
+
+def test_a_state_of_an_accumulator_that_the_options_exclude_is_refused(seed: int) -> None:
+    clients = [client(f"c{k}", 4, seed=seed + k) for k in range(2)]
+    for mine, other in (("stack", "dense"), ("dense", "stack")):
+        aggregator = added(clients[:1], accumulator=mine)
+        before = snapshot(aggregator)
+        with pytest.raises(InvalidInput, match="another accumulator") as caught:
+            aggregator.load_state_dict(added(clients, accumulator=other).state_dict())
+        assert (caught.value.expected, caught.value.got) == (mine, other)
+        assert same(before, aggregator.state_dict())
+        Aggregator().load_state_dict(before)
+    state = added(clients, "zeropad").state_dict()
+    for method in ("flexlora", "flora"):
+        renamed = {**state, "fastagg": state["fastagg"].replace("zeropad", method)}
+        with pytest.raises(InvalidInput, match="another accumulator"):
+            Aggregator(method).load_state_dict(renamed)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulator": "dense"}, {"method": "zeropad"}], ids=str)
+def test_a_state_beyond_max_memory_is_refused(seed: int, options: dict[str, str]) -> None:
+    clients = [client(f"c{k}", 4, seed=seed + k) for k in range(4)]
+    saved = added(clients, **options)
+    aggregator = Aggregator(**options, max_memory=saved.memory - 1)  # type: ignore[arg-type]
+    with pytest.raises(MemoryBudgetExceeded) as caught:
+        aggregator.load_state_dict(saved.state_dict())
+    assert aggregator.clients == ()
+    Aggregator(**options, max_memory=caught.value.needed).load_state_dict(saved.state_dict())  # type: ignore[arg-type]
+
+
+def test_a_state_describes_a_layout_once(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    aggregator = added([client(f"c{k}", 4, seed=seed + k) for k in range(3)])
+    calls = []
+    real = fastagg.rounds.state._layout_fields
+    monkeypatch.setattr("fastagg.rounds.state._layout_fields",
+                        lambda member: calls.append(member) or real(member))
+    aggregator.state_dict()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("method", "kind"), [("flora", "stack"), ("zeropad", "means")])
+def test_a_plan_names_the_accumulator(seed: int, method: str, kind: str) -> None:
+    each = client("a", 4, seed=seed)
+    headers = [(each.name, each.adapter.layout, each.adapter.config)]
+    assert Aggregator(method).plan_for(headers)[0] == kind
+
+
+def test_the_totals_of_a_round_are_those_of_its_clients(seed: int) -> None:
+    clients = mixed_round(seed)
+    roster = Aggregator()._new_roster()
+    for count in range(len(clients)):
+        part, last = clients[: count + 1], clients[count].adapter
+        ahead = roster.shapes_with([last.layout])
+        sizes = roster.sizes
+        roster.with_headers([(clients[count].name, last.layout, last.config)])
+        assert roster.sizes is sizes
+        found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for module, size in roster.sizes.items():
+            ranks = [each.adapter.rank(module) for each in part if module in each.modules]
+            assert (size.rank_sum, size.width) == (sum(ranks), max(ranks))
+            found.setdefault((size.m, size.n), []).append((sum(ranks), max(ranks)))
+        assert ahead == roster.shapes_with([])
+        assert {
+            shape: (size.count, size.rank_sum, size.width) for shape, size in ahead.items()
+        } == {
+            shape: (len(sums), max(r for r, _ in sums), max(w for _, w in sums))
+            for shape, sums in found.items()
+        }
+        assert roster.nbytes == sum(each.adapter.layout.nbytes for each in part)
 
 
 # Memory
@@ -539,6 +728,7 @@ def test_an_iterator_of_updates_is_taken_as_it_comes(seed: int) -> None:
 @pytest.mark.parametrize("options", [
     {"missing": "drop"}, {"accumulator": "heap"}, {"route": "lu"}, {"device": "tpu"},
     {"dtype": "int8"}, {"dtype": torch.float64}, {"max_memory": "much"}, {"method": "sum"},
+    {"seed": 2**63}, {"seed": -1}, {"seed": 1.5},
 ], ids=str)
 def test_unknown_options_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(InvalidInput) as caught:

@@ -242,6 +242,25 @@ class TestAggregate:
         assert fastagg(*arguments, "--force").exit_code == 0
         assert not (out / "precious").exists()
 
+    def test_out_in_what_is_no_folder(self, clients: list[Path], tmp_path: Path) -> None:
+        (tmp_path / "note").write_text("")
+        result = fastagg("aggregate", *clients, "-m", "flora", "-o", tmp_path / "note" / "out")
+        refused(result, 1, "note is no folder")
+
+    @pytest.mark.parametrize("method", ["zeropad", "hetlora"])
+    def test_modules_that_only_a_later_client_has(self, tmp_path: Path, method: str) -> None:
+        few = {name: shape for name, shape in MODULES.items() if "layers.0" in name}
+        first = make_folder(tmp_path / "first", modules=few, rank=8)
+        second = make_folder(tmp_path / "second", rank=4, seed=1)
+        trees = []
+        for order in ([first, second], [second, first]):
+            result = fastagg("aggregate", *order, "-m", method, "-o", tmp_path / "o", "--force")
+            assert result.exit_code == 0, result.output
+            found = load_file(tmp_path / "o" / "rank-4" / "adapter_model.safetensors")
+            trees.append({key: value.tolist() for key, value in found.items()})
+        assert trees[0] == trees[1]
+        assert len(trees[0]) == 2 * len(MODULES)
+
     def test_out_never_overlaps_a_client(self, clients: list[Path], tmp_path: Path) -> None:
         for out in (clients[0], clients[0] / "out", clients[0].parent):
             result = fastagg("aggregate", *clients, "-m", "flora", "-o", out, "--force")
@@ -268,11 +287,13 @@ class TestUsage:
             (["aggregate", "c", "-m", "flexlara", "-o", "o"], ["flexlara", "'flexlora'"]),
             (["aggregate", "c", "-m", "flexlora", "-o", "o", "--ranks", "4,x"], ["4,x"]),
             (["aggregate", "c", "-m", "flexlora", "-o", "o", "--ranks", "0"], ["'0'"]),
+            (["aggregate", "c", "-m", "flexlora", "-o", "o", "--ranks", "9" * 5000], ["999..."]),
             (["aggregate", "c", "-m", "flora", "-o", "o", "--ranks", "4"], ["rank"]),
             (["aggregate", "c", "-m", "flora", "-o", "o", "--max-memory", "lots"], ["lots"]),
             (["aggregate", "c", "-m", "flora", "-o", "o", "--device", "tpu"], ["tpu"]),
             (["aggregate", "c", "-m", "flora", "-o", "o", "--accumulator", "dense"], ["flora"]),
             (["aggregate", "c", "-m", "flora", "-o", "o", "--seed", "-1"], ["--seed"]),
+            (["aggregate", "c", "-m", "flora", "-o", "o", "--seed", str(2**63)], ["--seed"]),
             (["merge", "--base", "b", "--out", "o"], ["--adapter"]),
             (["merge", "--base", "b", "--adapter", "a", "--out", "o", "--tied", "x"], ["'x'"]),
             (["inspect"], ["FOLDER"]),
@@ -386,6 +407,17 @@ class TestBadInput:
         assert list(named.values()) == folders
 
 
+    def test_a_link_gives_the_client_its_name(self, clients: list[Path], tmp_path: Path) -> None:
+        links = [tmp_path / "links" / name for name in ("x", "y", "z")]
+        links[0].parent.mkdir()
+        for link, folder in zip(links, clients, strict=True):
+            link.symlink_to(folder)
+        assert list(client_folders(links)) == ["x", "y", "z"]
+        assert list(client_folders([links[0] / ".." / "anna", links[1]])) == ["anna", "y"]
+        assert Adapter.load(links[0]).name == "x"
+        refused(fastagg("validate", links[0], clients[0]), 1, "same folder")
+
+
 class TestWeights:
     @pytest.mark.parametrize(
         ("text", "words"),
@@ -399,7 +431,10 @@ class TestWeights:
             ('{"anna": 0, "ben": 0, "cleo": 0}', ["all weights are zero"]),
             ('{"anna": 1, "anna": 2, "ben": 1, "cleo": 1}', ["'anna'", "twice"]),
             ("[1, 2]", ["expected 3", "got 2"]),
+            ('{"anna": 1' + "0" * 400 + ', "ben": 1, "cleo": 1}', ["'anna'", "not a weight"]),
+            ('{"anna": 1' + "0" * 5000 + ', "ben": 1, "cleo": 1}', ["not JSON", "digits"]),
             ("{", ["not JSON"]),
+            ("[" * 100_000, ["not JSON"]),
             ("3", ["neither an object nor a list"]),
         ],
     )
@@ -591,7 +626,8 @@ def test_interrupted_while_writing(clients: list[Path], tmp_path: Path) -> None:
         "def slow(self, folder, ranks=None, *, force=False, progress=None):\n"
         "    def wait(*_):\n"
         "        print('writing', flush=True)\n"
-        "        time.sleep(60)\n"
+        "        for _ in range(600):  # a signal just before a sleep does not shorten it\n"
+        "            time.sleep(0.1)\n"
         "    save(self, folder, ranks, force=force, progress=wait)\n"
         "fastagg.aggregation.Aggregate.save = slow\n"
         "from fastagg.cli.app import main\n"
@@ -637,3 +673,20 @@ def test_the_function_behind_the_command(clients: list[Path], tmp_path: Path) ->
     assert [client.client for client in report.clients] == list(RANKS)
     assert [what for _, _, what in seen[:3]] == list(RANKS)
     assert seen[-1][0] == seen[-1][1] == len(MODULES)
+
+
+def test_naming_many_folders_compares_no_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = 0
+    real = Path.parts.fget  # type: ignore[attr-defined]
+
+    def counted(path: Path) -> tuple[str, ...]:
+        nonlocal compared
+        compared += 1
+        return real(path)  # type: ignore[no-any-return]
+
+    folders = [tmp_path / str(k) / "checkpoint" for k in range(200)]
+    monkeypatch.setattr("pathlib.PurePath.parts", property(counted))
+    assert list(client_folders(folders)) == [f"{k}/checkpoint" for k in range(200)]
+    assert compared < 20 * len(folders)

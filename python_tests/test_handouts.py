@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from equations import (
 from torch import nn
 
 import fastagg
+from fastagg import methods
 from fastagg.errors import InvalidInput, MemoryBudgetExceeded
+from fastagg.handouts.choices import Settings
 
 UP = "model.layers.0.mlp.up"
 
@@ -420,3 +423,40 @@ def test_a_model_that_peft_wraps(seed: int) -> None:
             after[f"base_model.model.{module}.base_layer.weight"].double(),
             expected[f"{module}.weight"], rtol=1e-5, atol=1e-5,
         )
+
+
+# Threads, and how modules are grouped
+
+
+@pytest.mark.parametrize("accumulator", ["stack", "dense"])
+def test_one_result_serves_several_threads(seed: int, accumulator: str) -> None:
+    clients = mixed_round(seed)
+    ranks = [1, 2, 3, 5, 8, 16]
+    expected = {rank: run(clients, accumulator=accumulator).adapter(rank=rank).flat
+                for rank in ranks}
+    result = run(clients, accumulator=accumulator)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            got = pool.map(lambda rank: (rank, result.adapter(rank=rank).flat), ranks * 4)
+            assert all(torch.equal(flat, expected[rank]) for rank, flat in got)
+            assert result.report.to_dict()["modules"]
+
+
+@pytest.mark.parametrize("wide", ["a", "c", "h"])
+def test_bits_do_not_depend_on_how_modules_are_grouped(seed: int, wide: str) -> None:
+    # The wide module has so many rows that another route is the fastest for it.
+    shapes = dict.fromkeys("abcdefgh", (96, 80))
+    clients = [client(f"c{k}", 4, seed=seed + k, modules=shapes, rank_pattern={wide: 64})
+               for k in range(4)]
+    handout, settings = methods.get("flexlora").handout, Settings()
+    routes = {handout.route(96, 80, rows, 64, settings) for rows in (16, 256)}
+    assert len(routes) == 2
+    loose = run(clients)
+    tight = run(clients)
+    tight._writer.limit = 1
+    assert len(list(tight._writer.parts())) == 8 > len(list(loose._writer.parts()))
+    for each in clients[:2]:
+        flats = [result.adapter(client=each.name).flat for result in (loose, tight)]
+        assert torch.equal(*flats)
+    for left, right in zip(loose.report.modules, tight.report.modules, strict=True):
+        assert left.route == right.route

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fastagg.adapter import Adapter
+from fastagg.dtypes import DTYPE_CODES
 from fastagg.peft_format.config import AdapterConfig
-from fastagg.peft_format.layout import DTYPE_CODES, Layout, TensorSpan, packed
+from fastagg.peft_format.layout import Layout, TensorSpan, packed
 from fastagg.peft_format.safetensors_file import map_file
 
 
@@ -152,3 +153,17 @@ def test_a_layout_of_224_modules_is_quick(tmp_path: Path) -> None:
             times.append(time.perf_counter() - begin)
     assert min(first) < 0.05
     assert min(again) < 0.01
+
+
+def test_the_dtype_of_a_layout() -> None:
+    for dtypes, expected in (
+        ((torch.float16, torch.float16), torch.float16),
+        ((torch.bfloat16, torch.float16), torch.float32),
+    ):
+        tensors = {
+            f"base_model.model.q.lora_{which}.weight": torch.zeros(shape, dtype=dtype)
+            for which, shape, dtype in zip("AB", ((2, 3), (4, 2)), dtypes, strict=True)
+        }
+        adapter = Adapter(tensors, {"peft_type": "LORA", "r": 2, "lora_alpha": 2,
+                                    "target_modules": ["q"]})
+        assert adapter.layout.dtype == expected

@@ -295,3 +295,38 @@ def test_peft_loads_every_folder_and_computes_the_delta(seed: int, tmp_path: Pat
                 weight = f"{module}.weight"
                 got = (after[weight].double() - before[weight].double()).reshape(delta.shape)
                 assert (got - delta).norm() <= 1e-5 * max(1.0, float(delta.norm())), module
+
+
+def test_as_many_files_as_clients_hold_no_descriptors(seed: int, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    shapes = {"q": (4, 4)}
+    clients = [client(f"c{k}", 1, alpha=1.0 + k, seed=seed + k, modules=shapes) for k in range(90)]
+    result = run(clients)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir("/proc/self/fd"))
+    assert in_use < 60
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 20, hard))
+    try:
+        result.save(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list((tmp_path / "out").glob("*/adapter_model.safetensors"))) == 90
+
+
+def test_every_folder_made_is_brought_to_the_disk(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[int, int]] = []
+    real = os.fsync
+
+    def noted(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced.append((status.st_dev, status.st_ino))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    run(mixed_round(seed)).save(tmp_path / "a" / "b" / "out")
+    made = [tmp_path, *(path for path in tmp_path.rglob("*"))]
+    assert len(made) > 8
+    for path in made:
+        assert (path.stat().st_dev, path.stat().st_ino) in synced, path

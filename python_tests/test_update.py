@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from adapters import make_adapter, make_folder
 
+from fastagg import ops
 from fastagg.errors import InvalidInput
 from fastagg.update import ClientUpdate
 
@@ -75,12 +77,31 @@ def test_an_update_cannot_be_changed() -> None:
         update.weight = 2  # type: ignore[misc]
 
 
-def test_validate_reads_every_number_once(tmp_path: Path) -> None:
+def test_validate_reads_every_number_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = ClientUpdate(make_folder(tmp_path / "7"))
+    update.validate()
+    monkeypatch.setattr(ops, "scan", None)
+    update.validate()
+
+
+def test_validate_tells_a_file_rewritten_in_place_every_time(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "7")
     update = ClientUpdate(folder)
     update.validate()
-    (folder / "adapter_model.safetensors").write_bytes(b"rewritten after it was read")
-    update.validate()
+    rewrite(folder / "adapter_model.safetensors")
+    for _ in range(2):
+        with pytest.raises(InvalidInput, match="was rewritten"):
+            update.validate()
+
+
+def rewrite(path: Path) -> None:
+    """Other numbers in place: the same file, the same length."""
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\x80?")
+    os.utime(path, ns=(1, 1))
 
 
 def test_validate_names_the_client() -> None:

@@ -8,8 +8,9 @@ from typing import Generic, TypeVar
 import torch
 
 from fastagg.accumulators.source import Chunk, stack_part
+from fastagg.peft_format.layout import promoted
 from fastagg.rounds.plan import Bucket, ModuleIndex
-from fastagg.rounds.roster import Float64Array, Member, promoted
+from fastagg.rounds.roster import Float64Array, Member
 
 __all__ = ["Blocks"]
 
@@ -60,9 +61,7 @@ class Blocks(Generic[T]):
         """
         clients = [member.client for member in members]
         layouts = [member.layout for member in members]
-        own = dtype or promoted(
-            span.dtype for layout in layouts for slot in layout.slots for span in (slot.a, slot.b)
-        )
+        own = dtype or promoted(layout.dtype for layout in layouts)
         for block, plan in enumerate(self.index.plan(layouts, scales)):
             for lo, hi in plan.runs(self._limit, own.itemsize):
                 yield block, lo, hi, stack_part(plan, lo, hi, flats, own, clients)

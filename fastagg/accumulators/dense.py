@@ -26,7 +26,11 @@ __all__ = ["DenseAccumulator", "DenseSource"]
 
 
 class DenseAccumulator:
-    """sum_k w_k s_kj B_kj A_kj for each module j, (m, n) in float32, and the sums of the weights."""
+    """sum_k w_k s_kj B_kj A_kj for each module j, (m, n) in float32, and the sums of the weights.
+
+    Attributes:
+        divided: ``finish`` has begun to divide the sums.
+    """
 
     kind = "dense"
 
@@ -38,6 +42,7 @@ class DenseAccumulator:
         self.totals = WeightTotals(missing)
         self.unit = WeightUnit()
         self.whole = WholeSums()
+        self.divided = False
 
     @property
     def nbytes(self) -> int:
@@ -82,6 +87,7 @@ class DenseAccumulator:
         """
         check_totals(self.totals)
         whole = self.whole.finish()
+        self.divided = True
         for bucket, sums in zip(self.blocks.buckets, self.blocks.sums, strict=True):
             shares = [1.0 / self.unit.of(self.totals.total[module]) for module in bucket.modules]
             sums.mul_(torch.tensor(shares, dtype=sums.dtype, device=sums.device)[:, None, None])

@@ -85,7 +85,7 @@ class MeanAccumulator:
             (
                 max(sums.a.nbytes, sums.bt.nbytes)
                 for bucket, sums in zip(self.blocks.buckets, self.blocks.sums, strict=True)
-                if any(ranks[module] > sums.a.shape[1] for module in bucket.modules)
+                if any(ranks.get(module, 0) > sums.a.shape[1] for module in bucket.modules)
             ),
             default=0,
         )

@@ -10,9 +10,9 @@ import torch
 from fastagg.accumulators.source import Chunk, stack_part
 from fastagg.accumulators.weights import check_totals
 from fastagg.accumulators.whole import HeldWhole
-from fastagg.peft_format.layout import Slot
+from fastagg.peft_format.layout import Slot, promoted
 from fastagg.rounds.plan import ModuleIndex, WeightTotals, padded
-from fastagg.rounds.roster import Float64Array, Member, Roster, promoted
+from fastagg.rounds.roster import Float64Array, Member, Roster
 
 __all__ = ["StackAccumulator", "StackSource"]
 
@@ -36,9 +36,22 @@ class StackAccumulator:
         return sum(flat.numel() for flat in self.flats.values())
 
     def add(self, members: Sequence[Member], flats: Sequence[torch.Tensor]) -> None:
-        """Copies the clients' buffers."""
-        for member, flat in zip(members, flats, strict=True):
-            self.flats[member.client] = flat.to(self.device, copy=True)
+        """Copies the clients' buffers: all of them or none."""
+        self.flats.update(
+            {
+                member.client: flat.to(self.device, copy=True)
+                for member, flat in zip(members, flats, strict=True)
+            }
+        )
+
+    def merge(self, other: StackAccumulator) -> None:
+        """Takes the clients of another stack in; their buffers, which never change, are shared."""
+        self.flats.update({name: flat.to(self.device) for name, flat in other.flats.items()})
+
+    def discard(self, members: Sequence[Member]) -> None:
+        """Lets the buffers of clients go that were not admitted after all."""
+        for member in members:
+            self.flats.pop(member.client, None)
 
     def finish(self, roster: Roster, missing: str) -> StackSource:
         """The aggregate of the roster's members.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastagg.adapter import Adapter
+from fastagg.dtypes import dtype_name
 from fastagg.errors import InvalidInput
 
 # What fastagg.ops.reconstruct_ adds into; float64 goes through torch, in float64.
@@ -138,7 +139,7 @@ def _laid_out(delta: Delta, shape: tuple[int, ...], *, client: str | None) -> bo
             module=delta.module,
             expected=f"{_by(shape)} as in the checkpoint",
             got=_by(delta.weight_shape),
-            cure="give the base model that the adapter was trained on; where the vocabulary was "
+            cure="Give the base model that the adapter was trained on; where the vocabulary was "
             "resized for training, resize and save the base model first",
         )
     return lies
@@ -170,7 +171,7 @@ def check_mergeable(module: str, dtype: torch.dtype, *, client: str | None) -> N
             client=client,
             module=module,
             expected="float32, bfloat16, float16 or float64",
-            got=str(dtype).removeprefix("torch."),
+            got=dtype_name(dtype),
             cure="merge into the unquantised checkpoint, then quantise",
         )
 

@@ -78,7 +78,7 @@ class KeyIndex:
             module=module,
             expected=key,
             got=f"nearest names: {', '.join(like)}" if like else "a checkpoint without tensors",
-            cure="give the base model that the adapter was trained on",
+            cure="Give the base model that the adapter was trained on",
         )
 
 

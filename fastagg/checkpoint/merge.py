@@ -16,9 +16,9 @@ import torch
 from fastagg.adapter import Adapter
 from fastagg.checkpoint.files import Checkpoint
 from fastagg.checkpoint.targets import Change, Entry, Targets, Tied
+from fastagg.dtypes import DTYPE_CODES, dtype_name
 from fastagg.errors import InvalidInput
 from fastagg.peft_format.adapter_folder import new_folder
-from fastagg.peft_format.layout import DTYPE_CODES
 from fastagg.peft_format.output_folder import check_free, check_room
 from fastagg.peft_format.safetensors_file import MappedWriter
 
@@ -164,7 +164,7 @@ def _check_overflow(written: torch.Tensor, entry: Entry, client: str | None) -> 
             client=client,
             module=entry.deltas[0].module if entry.deltas else None,
             field=entry.key,
-            expected=f"finite values in {str(written.dtype).removeprefix('torch.')}",
+            expected=f"finite values in {dtype_name(written.dtype)}",
             cure="Check the base checkpoint; where the sum overflows, convert it to bfloat16 or "
             "float32 first",
         )

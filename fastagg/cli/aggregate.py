@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,9 +80,11 @@ def _ranks(text: str | None) -> str | None:
 
 
 def _parsed_ranks(text: str) -> list[int]:
+    from fastagg.errors import short
+
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"expected ranks above 0 such as 4,8,16, got {text!r}")
+    if not all(re.fullmatch("0*[1-9][0-9]{0,8}", part) for part in parts):
+        raise typer.BadParameter(f"expected ranks above 0 such as 4,8,16, got {short(text)}")
     return sorted({int(part) for part in parts})
 
 
@@ -151,7 +154,9 @@ def aggregate(
         Dtype | None,
         typer.Option(help="Of what is handed out. Default: each client's own.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the randomized decomposition.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of the randomized decomposition.")
+    ] = 0,
     skip_invalid: Annotated[
         bool,
         typer.Option(

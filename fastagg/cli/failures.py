@@ -6,6 +6,7 @@ signal's number).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -57,7 +58,8 @@ def fail(error: Exception, *, as_json: bool) -> NoReturn:
     message = sentence(error)
     say(f"error: {message}")
     if as_json:
-        print(json.dumps({"error": {"type": type(error).__name__, "message": message}}))
+        with contextlib.suppress(OSError):  # stdout may be what failed
+            print(json.dumps({"error": {"type": type(error).__name__, "message": message}}))
     raise typer.Exit(BAD_INPUT)
 
 

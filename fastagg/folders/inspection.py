@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fastagg.dtypes import dtype_name
 from fastagg.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def measure(adapter: Adapter, *, spectrum: bool = False, pattern: str | None = N
             field="--module",
             expected=f"one of {', '.join(adapter.modules[:3])}, ..",
             got=pattern,
-            cure="patterns are those of a shell and match the whole name: '*q_proj'",
+            cure="Patterns are those of a shell and match the whole name: '*q_proj'",
         )
     nonfinite = _nonfinite(adapter)
     modules = tuple(
@@ -201,7 +202,7 @@ def _matches(module: str, pattern: str | None) -> bool:
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return dtype_name(tensor.dtype)
 
 
 def _counts(values: Iterable[str] | Iterable[int]) -> dict[str, int]:

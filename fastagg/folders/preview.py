@@ -11,7 +11,7 @@ from typing import Any
 from fastagg.aggregator import Aggregator
 from fastagg.folders.rounds import FolderRound
 from fastagg.handouts.choices import Settings
-from fastagg.handouts.target import Target, all_ranks, for_stack, per_signature
+from fastagg.handouts.target import Target, targets_for
 from fastagg.report import SkippedClient
 from fastagg.rounds.plan import padded
 from fastagg.rounds.roster import Roster
@@ -84,11 +84,11 @@ def preview(
     accumulator, memory = round_.plan()
     roster = round_.roster()
     modules = _modules(roster, aggregator, accumulator)
-    targets = _targets(roster, aggregator, ranks)
+    targets = targets_for(roster, round_.method.handout, ranks, aggregator.dtype)
     return Preview(
         method=round_.method.name,
         out=os.fspath(out),
-        accumulator=round_.method.accumulators[0] if accumulator == "auto" else accumulator,
+        accumulator=accumulator,
         memory=memory,
         memory_budget=aggregator.max_memory,
         clients=tuple(_client(member.client, round_) for member in roster.sorted()),
@@ -112,19 +112,6 @@ def _modules(roster: Roster, aggregator: Aggregator, accumulator: str) -> list[M
         route = aggregator.method.handout.route(slot.m, slot.n, rows, rank, settings)
         found.append(ModulePreview(module, slot.weight_shape, len(ranks), sum(ranks), route))
     return found
-
-
-def _targets(
-    roster: Roster, aggregator: Aggregator, ranks: Sequence[int] | None
-) -> list[Target]:
-    handout = aggregator.method.handout
-    if ranks is not None:
-        for rank in ranks:
-            handout.check_rank(rank, max(member.rank for member in roster.sorted()))
-        return all_ranks(roster, ranks, aggregator.dtype)
-    if not handout.ranked:
-        return [for_stack(roster, aggregator.dtype)]
-    return per_signature(roster, aggregator.dtype)
 
 
 def _client(client: str, round_: FolderRound) -> ClientPreview:

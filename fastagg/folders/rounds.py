@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from fastagg import methods
 from fastagg.adapter import Adapter
@@ -18,11 +16,12 @@ from fastagg.errors import InvalidInput
 from fastagg.folders.weights_file import client_weights
 from fastagg.handouts.writer import Progress
 from fastagg.method import Method
+from fastagg.peft_format.adapter_folder import named_path
 from fastagg.peft_format.config import AdapterConfig
 from fastagg.peft_format.layout import Layout
 from fastagg.peft_format.output_folder import check_free
 from fastagg.report import Report, SkippedClient
-from fastagg.rounds.roster import Member, Roster
+from fastagg.rounds.roster import Roster
 from fastagg.update import ClientUpdate
 
 __all__ = ["FolderRound", "Progress", "aggregate_folders", "client_folders"]
@@ -31,7 +30,8 @@ Weights = Mapping[str, float] | Sequence[float] | str | os.PathLike[str]
 
 
 def client_folders(folders: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
-    """Name each folder's client: the folder's own name, or as much of its path as tells it apart.
+    """Name each folder's client: the folder's own name (of a link, the link's), or as much of its
+    path as tells it apart.
 
     `a/7` and `a/8` are `7` and `8`; `a/checkpoint` and `b/checkpoint` are `a/checkpoint` and
     `b/checkpoint`.
@@ -59,15 +59,25 @@ def client_folders(folders: Sequence[str | os.PathLike[str]]) -> dict[str, Path]
                 cure="Give each client's folder once",
             )
         given[place] = folder
-    return {_shortest_name(place, given): Path(folder) for place, folder in given.items()}
+    paths = {named_path(folder): Path(folder) for folder in given.values()}
+    names = _shortest_names(paths)
+    return {names[path]: folder for path, folder in paths.items()}
 
 
-def _shortest_name(place: Path, places: Mapping[Path, object]) -> str:
-    rivals = [other for other in places if other != place and other.name == place.name]
-    length = 1
-    while any(other.parts[-length:] == place.parts[-length:] for other in rivals):
+def _shortest_names(paths: Iterable[Path]) -> dict[Path, str]:
+    """The shortest ends of distinct paths that tell each from all others."""
+    names: dict[Path, str] = {}
+    left, length = list(paths), 1
+    while left:
+        ends: dict[tuple[str, ...], list[Path]] = {}
+        for path in left:
+            ends.setdefault(path.parts[-length:], []).append(path)
+        for end, group in ends.items():
+            if len(group) == 1:
+                names[group[0]] = "/".join(end)
+        left = [path for group in ends.values() if len(group) > 1 for path in group]
         length += 1
-    return "/".join(place.parts[-length:])
+    return names
 
 
 def aggregate_folders(
@@ -150,18 +160,14 @@ class FolderRound:
             with self._leaving_out(client, folder):
                 # The mapping is dropped again: a thousand clients would need as many.
                 adapter = Adapter.load(folder)
-                roster.check(client, adapter.layout, adapter.config)
-                roster.admit(_member(client, adapter.layout, adapter.config))
+                roster.admit_header(client, adapter.layout, adapter.config)
                 self.folders[client] = folder
                 self.headers[client] = (adapter.layout, adapter.config)
         self._check_some_left()
 
     def roster(self) -> Roster:
         """The clients that take part, as far as their headers tell."""
-        roster = self._empty_roster()
-        for client, (layout, config) in self.headers.items():
-            roster.admit(_member(client, layout, config))
-        return roster
+        return self._empty_roster().with_headers(self._headers())
 
     def plan(self) -> tuple[str, int]:
         """The accumulator that the round needs, and the bytes that it and the work beside it take.
@@ -236,8 +242,3 @@ class FolderRound:
                 field="folders",
                 got=f"the first: {first.reason}",
             )
-
-
-def _member(client: str, layout: Layout, config: AdapterConfig) -> Member:
-    """A client as the roster compares them; its weights do not matter there."""
-    return Member(client, 1.0, layout, config, np.ones(len(layout.slots)), 0.0)

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fastagg.adapter import Adapter
+from fastagg.dtypes import dtype_name
 from fastagg.errors import InvalidInput
-from fastagg.rounds.roster import Member, Roster
+from fastagg.rounds.roster import Roster
 
 __all__ = ["Validation", "Verdict", "validate_folders"]
 
@@ -106,16 +105,10 @@ def _verdict(client: str, folder: Path, roster: Roster) -> Verdict:
         base_model=adapter.config.base_model,
         modules=len(slots),
         ranks=tuple(sorted({slot.rank for slot in slots})),
-        dtypes=tuple(sorted({_name(span.dtype) for slot in slots for span in (slot.a, slot.b)})),
+        dtypes=tuple(sorted({dtype_name(span.dtype) for slot in slots for span in (slot.a, slot.b)})),
     )
     try:
-        roster.check(client, adapter.layout, adapter.config)
+        roster.admit_header(client, adapter.layout, adapter.config)
     except InvalidInput as error:
         return dataclasses.replace(verdict, conflict=str(error))
-    weights = np.ones(len(slots))
-    roster.admit(Member(client, 1.0, adapter.layout, adapter.config, weights, 0.0))
     return verdict
-
-
-def _name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import json
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastagg.errors import InvalidInput
+from fastagg.errors import InvalidInput, short
 
 __all__ = ["client_weights", "read_weights"]
 
@@ -34,7 +35,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Any] | list[Any]:
         return _from_csv(text, file)
     try:
         found = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, file))
-    except json.JSONDecodeError as error:
+    except InvalidInput:
+        raise
+    except (ValueError, RecursionError) as error:
         raise _bad(f"{file} is not JSON: {error}") from error
     if not isinstance(found, (dict, list)):
         raise _bad(f"{file} holds neither an object nor a list")
@@ -105,16 +108,19 @@ def _check_names(weights: Mapping[str, Any], clients: Sequence[str]) -> None:
 
 
 def _weight(value: Any, client: str) -> float:
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer of any length is JSON
+            number = float(value)
+    if not math.isfinite(number) or number < 0:
         raise InvalidInput(
             "not a weight",
             client=client,
             field="weights",
             expected="a finite number >= 0, such as the number of examples",
-            got=repr(value),
+            got=short(value),
         )
-    return float(value)
+    return number
 
 
 def _from_csv(text: str, file: Path) -> dict[str, Any]:

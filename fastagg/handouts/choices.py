@@ -80,7 +80,7 @@ class Handout(Protocol):
         """
 
     def factor(self, chunk: Chunk, width: int, settings: Settings) -> Factored:
-        """The factorisation of a chunk, for ranks up to ``width``.
+        """The factorisation of a chunk, for ranks up to ``width``, by the route of the settings.
 
         The chunk of a hand-out that is not ranked has its coefficients multiplied into A.
         """

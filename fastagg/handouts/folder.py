@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,16 @@ REPORT_NAME = "report.json"
 class HandoutFolder:
     """A folder in the making; ``sinks`` are the files of its targets."""
 
-    def __init__(self, path: Path, targets: Sequence[Target], opened: ExitStack) -> None:
+    def __init__(self, path: Path, targets: Sequence[Target]) -> None:
         self.path = path
         self.bytes_written = 0
         self.sinks: list[FileSink] = []
         for target in targets:
             folder = path / target.name
             folder.mkdir()
-            config = json.dumps(dict(target.config.raw), indent=2, sort_keys=True)
-            self._write(folder / CONFIG_NAME, config)
+            self._write(folder / CONFIG_NAME, target.config.file_text)
             entries = {span.key: (span.dtype, span.shape) for span in target.layout.tensors}
-            sink = FileSink(folder / WEIGHTS_NAME, entries, target.layout.nbytes)
-            opened.callback(sink.close)
-            self.sinks.append(sink)
+            self.sinks.append(FileSink(folder / WEIGHTS_NAME, entries, target.layout.nbytes))
 
     def commit(self) -> None:
         """Brings the adapters to the disk."""
@@ -70,5 +67,5 @@ def handout_folder(
     """
     check_free(folder, force=force)
     check_room(folder, sum(target.layout.nbytes for target in targets))
-    with new_folder(Path(folder), overwrite=force) as path, ExitStack() as opened:
-        yield HandoutFolder(path, targets, opened)
+    with new_folder(Path(folder), overwrite=force) as path:
+        yield HandoutFolder(path, targets)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fastagg.peft_format.layout import DTYPE_CODES
+from fastagg.dtypes import DTYPE_CODES
 from fastagg.rounds.plan import Bucket, PlanPart
 
 __all__ = ["Parcel", "split_by_target"]

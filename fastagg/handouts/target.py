@@ -8,11 +8,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastagg.errors import InvalidInput
+from fastagg.handouts.choices import Handout
 from fastagg.peft_format.config import AdapterConfig
-from fastagg.peft_format.layout import Layout, TensorSpan
-from fastagg.rounds.roster import Member, Roster, promoted
+from fastagg.peft_format.layout import Layout, TensorSpan, promoted
+from fastagg.rounds.roster import Member, Roster
 
-__all__ = ["Target", "all_ranks", "for_client", "for_rank", "for_stack", "per_signature"]
+__all__ = [
+    "Target",
+    "all_ranks",
+    "check_ranks",
+    "for_client",
+    "for_rank",
+    "for_stack",
+    "per_signature",
+    "targets_for",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +39,29 @@ class Target:
     layout: Layout
     config: AdapterConfig
     clients: tuple[str, ...] = ()
+
+
+def targets_for(
+    roster: Roster, handout: Handout, ranks: Iterable[int] | None, dtype: torch.dtype | None
+) -> list[Target]:
+    """What a round's folder holds.
+
+    Args:
+        ranks: these instead of the clients' own; None: the clients' own, or the stack where that is
+            what the method hands out.
+
+    Raises:
+        InvalidInput: ranks that the method does not hand out.
+    """
+    if ranks is not None:
+        listed = check_ranks(ranks)
+        largest = max(member.rank for member in roster.members.values())
+        for rank in listed:
+            handout.check_rank(rank, largest)
+        return all_ranks(roster, listed, dtype)
+    if not handout.ranked:
+        return [for_stack(roster, dtype)]
+    return per_signature(roster, dtype)
 
 
 def for_client(member: Member, dtype: torch.dtype | None) -> Target:
@@ -153,10 +186,7 @@ def _shared_config(roster: Roster) -> AdapterConfig:
 
 
 def _common_dtype(roster: Roster) -> torch.dtype:
-    layouts = {member.layout for member in roster.sorted()}
-    return promoted(
-        span.dtype for layout in layouts for slot in layout.slots for span in (slot.a, slot.b)
-    )
+    return promoted(member.layout.dtype for member in roster.members.values())
 
 
 def _fresh(member: Member, dtype: torch.dtype | None) -> Layout:

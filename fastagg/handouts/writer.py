@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from fastagg import ops
 from fastagg.accumulators import Source
+from fastagg.dtypes import dtype_name
 from fastagg.errors import InvalidInput
 from fastagg.handouts.choices import Factored, Handout, Settings
 from fastagg.handouts.parcel import Parcel, split_by_target
@@ -48,8 +52,23 @@ def width_of(handout: Handout, size: ModuleSize) -> int:
     return size.width if handout.ranked else size.rank_sum
 
 
+class _Scratch:
+    """A buffer for one call: kept from part to part, since the allocator would pile up holes."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, nbytes: int) -> torch.Tensor:
+        """So many bytes, whatever they hold."""
+        if nbytes > self._buffer.numel():
+            self._buffer = torch.empty(nbytes, dtype=torch.uint8)
+        return self._buffer[:nbytes]
+
+
 class HandoutWriter:
     """Computes the hand-out of a finished accumulator and writes it into flat buffers.
+
+    Several threads may write at once.
 
     Args:
         sizes: of the modules. Every decomposition is as wide as the largest rank of a client at
@@ -81,18 +100,26 @@ class HandoutWriter:
         self._modules = modules
         self._watch = watch
         self._peak = peak
-        self._buffer = torch.empty(0, dtype=torch.uint8)
         self._held: dict[tuple[int, int, int], Factored] = {}
+        self._noting = threading.Lock()
 
-    def parts(self) -> Iterator[tuple[int, int, int]]:
-        """The modules, split into what is computed at a time: (bucket, lo, hi)."""
+    def parts(self, widths: Sequence[int] | None = None) -> Iterator[tuple[int, int, int]]:
+        """The modules, split into what is computed at a time: (bucket, lo, hi).
+
+        The modules of a part have one route, which each would have alone: what is handed out does
+        not depend on the grouping.
+
+        Args:
+            widths: the ranks of the buckets' decompositions, the usual ones by default.
+        """
         threads = torch.get_num_threads()
-        for bucket, width in enumerate(self._widths):
+        for bucket, width in enumerate(self._widths if widths is None else widths):
             needs = self._module_bytes(bucket, width)
+            routes = self._routes(bucket, width)
             lo = 0
             while lo < len(needs):
                 hi, largest = lo, 0
-                while hi < len(needs):
+                while hi < len(needs) and routes[hi] == routes[lo]:
                     largest = max(largest, needs[hi])
                     if hi > lo and (hi + 1 - lo) * largest > self.limit:
                         # Every thread gets as many modules as the others.
@@ -110,7 +137,7 @@ class HandoutWriter:
     @property
     def held_bytes(self) -> int:
         """Bytes of the factorisations that are held."""
-        return sum(factored.u.nbytes + factored.vt.nbytes for factored in self._held.values())
+        return sum(held.u.nbytes + held.vt.nbytes for held in list(self._held.values()))
 
     def factors_bytes(self, targets: Sequence[Target] = ()) -> int:
         """Bytes of the factorisations of all modules, as :meth:`write` with ``keep`` holds them."""
@@ -138,6 +165,17 @@ class HandoutWriter:
             for rows in self.source.rows(bucket)
         ]
 
+    def _routes(self, bucket: int, width: int) -> list[str]:
+        """How each module of a bucket is computed, by its own rows alone."""
+        shape = self.source.index.buckets[bucket]
+        rank = min(width, shape.m, shape.n) if self.handout.ranked else width
+        rows = self.source.rows(bucket)
+        found = {
+            count: self.handout.route(shape.m, shape.n, count, rank, self.settings)
+            for count in set(rows)
+        }
+        return [found[count] for count in rows]
+
     def write(
         self,
         targets: Sequence[Target],
@@ -160,8 +198,8 @@ class HandoutWriter:
             [target.layout for target in targets], [layout.scalings for layout in placed]
         )
         widths = self._widths_for(targets)
-        done = 0
-        for part in self.parts():
+        done, scratch = 0, _Scratch()
+        for part in self.parts(widths):
             bucket, lo, hi = part
             wanted = plans[bucket].part(lo, hi)
             if len(wanted.slots):
@@ -170,20 +208,24 @@ class HandoutWriter:
                 shape = index.buckets[bucket]
                 room = slab_bytes(widths[bucket], shape.m, shape.n, 4) * (hi - lo)
                 with self._watch.stage("redistribute"):
-                    for some in split_by_target(wanted, shape, max(room, self._room(part))):
-                        self._redistribute(factored, Parcel(some, shape), targets, sinks)
+                    for some in split_by_target(
+                        wanted, shape, max(room, self._room(part, widths[bucket]))
+                    ):
+                        parcel = Parcel(some, shape)
+                        buffer = scratch.of(parcel.nbytes)
+                        self._redistribute(factored, parcel, buffer, targets, sinks)
             self._peak.sample()
             done += hi - lo
             if progress is not None:
                 progress(done, len(index), index.buckets[bucket].modules[hi - 1])
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        del scratch
         with self._watch.stage("redistribute"):
             self._write_whole(targets, sinks)
 
-    def _room(self, part: tuple[int, int, int]) -> int:
+    def _room(self, part: tuple[int, int, int], width: int) -> int:
         """Bytes that the work on a part leaves of the limit for what is handed out."""
         bucket, lo, hi = part
-        shape, width = self.source.index.buckets[bucket], self._widths[bucket]
+        shape = self.source.index.buckets[bucket]
         needs = max(self._module_bytes(bucket, width)[lo:hi])
         return self.limit - (hi - lo) * (needs - slab_bytes(width, shape.m, shape.n, 4))
 
@@ -191,13 +233,10 @@ class HandoutWriter:
         self,
         factored: Factored,
         parcel: Parcel,
+        buffer: torch.Tensor,
         targets: Sequence[Target],
         sinks: Sequence[Sink],
     ) -> None:
-        if parcel.nbytes > self._buffer.numel():
-            # Kept for the next parts: the allocator would only pile up holes of this size.
-            self._buffer = torch.empty(parcel.nbytes, dtype=torch.uint8)
-        buffer = self._buffer[: parcel.nbytes]
         ops.redistribute_(
             [buffer],
             factored.u.cpu(),
@@ -224,16 +263,20 @@ class HandoutWriter:
         bucket, lo, hi = part
         # A wider decomposition may differ in the last bits: it serves only the rank it is for.
         usual = width == self._widths[bucket]
-        if usual and part in self._held:
-            return self._held[part]
-        before = self._watch.total
+        held = self._held.get(part) if usual else None
+        if held is not None:
+            return held
+        started = time.perf_counter()
         with self._watch.stage("stack"):
             load = self.source.load if self.handout.ranked else self.source.stacked
             chunk = load(*part)
         with self._watch.stage("svd"):
-            factored = self.handout.factor(chunk, width, self.settings)
-        for module in chunk.modules:
-            self._modules[module].seconds += (self._watch.total - before) / (hi - lo)
+            settings = replace(self.settings, route=self._routes(bucket, width)[lo])
+            factored = self.handout.factor(chunk, width, settings)
+        seconds = (time.perf_counter() - started) / (hi - lo)
+        with self._noting:
+            for module in chunk.modules:
+                self._modules[module].seconds += seconds
         self._check_finite(factored, chunk.modules)
         if keep and usual:
             self._held[part] = factored
@@ -255,10 +298,12 @@ class HandoutWriter:
         modules = [
             self._modules[name] for name in self.source.index.buckets[bucket].modules[lo:hi]
         ]
-        for rank in sorted(set(wanted.slots[:, 2].tolist())):
-            shares = factored.kept(rank).tolist()
-            for place in set(wanted.slots[wanted.slots[:, 2] == rank, 0].tolist()):
-                modules[place].kept[rank] = shares[place]
+        with self._noting:
+            for rank in sorted(set(wanted.slots[:, 2].tolist())):
+                shares = factored.kept(rank).tolist()
+                for place in set(wanted.slots[wanted.slots[:, 2] == rank, 0].tolist()):
+                    # A new dictionary: another thread may be making a report of the old one.
+                    modules[place].kept = {**modules[place].kept, rank: shares[place]}
         norms = None if factored.norm2 is None else factored.norm2.tolist()
         for place, entry in enumerate(modules):
             entry.route = factored.route
@@ -287,12 +332,14 @@ class HandoutWriter:
 def _overflow(target: Target, span: TensorSpan, count: int) -> InvalidInput:
     slots = target.layout.slots
     return InvalidInput(
-        f"the hand-out does not fit into {str(span.dtype).removeprefix('torch.')}",
+        f"the hand-out does not fit into {dtype_name(span.dtype)}",
         client=target.clients[0] if target.clients else None,
         module=next((slot.module for slot in slots if span in (slot.a, slot.b)), None),
         field=span.key,
         expected=f"values below {torch.finfo(span.dtype).max:.3g}",
         got=f"{count} infinite or NaN",
-        cure="Aggregate with dtype=torch.bfloat16 or torch.float32, or give the clients a larger "
+        cure="Leave out the clients whose factors are that large, or give this one a larger lora_alpha"
+        if torch.finfo(span.dtype).max > 1e38
+        else "Aggregate with dtype=torch.bfloat16 or torch.float32, or give the clients a larger "
         "lora_alpha",
     )

@@ -14,12 +14,21 @@ from typing import Any
 from fastagg.errors import InvalidInput
 from fastagg.peft_format.config import CONFIG_NAME
 
-__all__ = ["WEIGHTS_NAME", "find_weights", "new_folder", "read_config", "write_synced"]
+__all__ = ["WEIGHTS_NAME", "find_weights", "named_path", "new_folder", "read_config", "write_synced"]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 _AGAIN = "Copy the file again from the client, or have it save the adapter again"
 _SAVE_PRETRAINED = "Pass the folder that save_pretrained wrote"
+
+
+def named_path(folder: str | os.PathLike[str]) -> Path:
+    """The absolute path under which a folder was given: its name is the adapter's.
+
+    A link keeps its own name; only a path with `..` is resolved.
+    """
+    path = Path(folder)
+    return path.resolve() if ".." in path.parts else path.absolute()
 
 
 def read_config(folder: Path, client: str | None) -> dict[str, Any]:
@@ -115,8 +124,11 @@ def new_folder(target: Path, *, overwrite: bool, client: str | None = None) -> I
     made.mkdir()
     try:
         yield made
-        _sync_folder(made)
+        for folder, _, _ in os.walk(made):
+            _sync_folder(Path(folder))
         _replace(made, target)
+        for parent in parents:
+            _sync_folder(parent.parent)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         for parent in parents:

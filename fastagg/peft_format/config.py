@@ -105,8 +105,18 @@ class AdapterConfig:
 
     @cached_property
     def canonical(self) -> str:
-        """The fields as sorted JSON: equal texts mean equal configurations."""
-        return json.dumps(self.raw, sort_keys=True)
+        """The fields as JSON, sorted: equal texts mean equal configurations."""
+        return json.dumps(self._ordered)
+
+    @property
+    def file_text(self) -> str:
+        """The content of an ``adapter_config.json``."""
+        return json.dumps(self._ordered, indent=2)
+
+    @property
+    def _ordered(self) -> dict[str, Any]:
+        # Only the outermost fields are sorted: PEFT takes the first pattern that matches a module.
+        return dict(sorted(self.raw.items()))
 
     def with_ranks(
         self,

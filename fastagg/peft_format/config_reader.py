@@ -5,6 +5,7 @@ The tables cover every field of ``peft.LoraConfig`` (0.21); the tests hold them 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -180,13 +181,17 @@ class ConfigReader:
         return int(value)
 
     def alpha(self, value: Any, field: str) -> float:
-        """A lora_alpha: finite and not zero, else no update could be handed back through it."""
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value == 0:
+        """A lora_alpha: not zero, and of a size that float32 factors can be multiplied by and
+        divided by, else no update could be handed back through it."""
+        number = math.nan
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):  # an integer of any length is JSON
+                number = float(value)
+        if not 1e-30 <= abs(number) <= 1e30:
             raise self._error(
                 "not a usable lora_alpha",
                 field,
-                expected="a finite number other than 0",
+                expected="a number other than 0, between 1e-30 and 1e30 in size",
                 got=short(value),
                 cure="Its scaling is alpha / r, and updates are divided by it on the way back",
             )

@@ -18,11 +18,10 @@ from typing import Literal
 import numpy as np
 import torch
 
+from fastagg.dtypes import DTYPE_CODES
 from fastagg.peft_format.config import AdapterConfig
 
-__all__ = ["DTYPE_CODES", "Layout", "Slot", "TensorSpan"]
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+__all__ = ["Layout", "Slot", "TensorSpan"]
 
 Kind = Literal["linear", "embedding", "conv1d", "conv2d", "conv3d"]
 
@@ -172,6 +171,11 @@ class Layout:
         return tuple(sorted([*factors, *self.whole], key=lambda span: (span.offset, span.key)))
 
     @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all factors, or float32 where they differ."""
+        return promoted(span.dtype for slot in self.slots for span in (slot.a, slot.b))
+
+    @cached_property
     def by_module(self) -> Mapping[str, Slot]:
         """The slots by module."""
         return {slot.module: slot for slot in self.slots}
@@ -206,6 +210,12 @@ class Layout:
 
     def __repr__(self) -> str:
         return f"Layout({len(self.slots)} modules, {len(self.whole)} whole, {self.nbytes} bytes)"
+
+
+def promoted(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The common dtype where there is one, float32 where they differ."""
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else torch.float32
 
 
 def packed(spans: Iterable[TensorSpan]) -> tuple[dict[str, TensorSpan], int]:

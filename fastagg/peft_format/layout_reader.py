@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from fastagg.dtypes import DTYPE_CODES, dtype_name
 from fastagg.errors import InvalidInput
 from fastagg.peft_format.config import AdapterConfig
-from fastagg.peft_format.layout import DTYPE_CODES, PREFIX, Kind, Layout, Slot, TensorSpan
+from fastagg.peft_format.layout import PREFIX, Kind, Layout, Slot, TensorSpan
 
 __all__ = ["read_layout"]
 
@@ -106,7 +107,7 @@ class _Reader:
                 "a dtype that cannot be aggregated",
                 field=span.source,
                 expected="float32, bfloat16 or float16",
-                got=str(span.dtype).removeprefix("torch."),
+                got=dtype_name(span.dtype),
                 cure="Cast it to float32 and save the adapter again",
             )
         match = _FACTOR.fullmatch(name)

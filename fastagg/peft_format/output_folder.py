@@ -36,8 +36,9 @@ def check_free(
                 field="out",
                 cure="Write somewhere else",
             )
-    if place.exists() and not place.is_dir():
-        raise InvalidInput(f"{path} is no folder", field="out", cure="Write somewhere else")
+    there = next(held for held in (place, *place.parents) if held.exists())
+    if not there.is_dir():
+        raise InvalidInput(f"{there} is no folder", field="out", cure="Write somewhere else")
     if place.exists() and not force:
         raise InvalidInput(f"{path} exists", field="out", cure="Replace it with --force (force=True)")
 

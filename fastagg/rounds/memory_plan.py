@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumulator
 from fastagg.accumulators.whole import WholeSums
 from fastagg.handouts.choices import Settings
-from fastagg.handouts.writer import module_bytes, width_of
+from fastagg.handouts.writer import module_bytes
 from fastagg.method import Method
 from fastagg.peft_format.layout import Layout
 from fastagg.rounds.budget import CHUNK_BYTES, require
@@ -50,14 +50,15 @@ class MemoryPlan:
     Attributes:
         budget: bytes that accumulator and workspace may take together; None: any.
         mode: "auto", "stack" or "dense", as the user chose.
-        settled: the round's clients are all known, and what they need in the end was found to fit.
+        settled: the accumulator of a round whose clients are all known, and whose needs in the end
+            were found to fit; None where they are not known.
     """
 
     method: Method
     settings: Settings
     budget: int | None
     mode: str
-    settled: bool = False
+    settled: str | None = None
 
     @property
     def fold_limit(self) -> int:
@@ -66,8 +67,19 @@ class MemoryPlan:
 
     @property
     def may_change(self) -> bool:
-        """Whether a stack may be turned into dW."""
-        return self.mode == "auto" and "dense" in self.method.accumulators
+        """Whether a stack may be turned into dW because of its size."""
+        return self.settled is None and self.mode == "auto" and self.allows("dense")
+
+    @property
+    def first(self) -> str:
+        """The accumulator that a round begins with."""
+        if self.settled is not None:
+            return self.settled
+        return next(kind for kind in ("means", "stack", "dense") if self.allows(kind))
+
+    def allows(self, kind: str) -> bool:
+        """Whether the method and the user's choice leave this accumulator."""
+        return kind in self.method.accumulators and self.mode in ("auto", kind)
 
     def _outgrown(self, needs: _Needs) -> bool:
         """Whether dW is so much smaller than the stack that it is worth the stack's virtues."""
@@ -91,8 +103,17 @@ class MemoryPlan:
         Raises:
             MemoryBudgetExceeded: nothing fits; ``needed`` is the least that would.
         """
+        joins_sums = isinstance(joined, DenseAccumulator) and not isinstance(
+            accumulator, DenseAccumulator
+        )
+        if self.budget is None and not self._may_outgrow(roster, accumulator, layouts):
+            return joins_sums
         needs = self._needs(roster, layouts)
-        if self.settled:
+        if joins_sums:
+            changing = accumulator.nbytes + needs.dense + needs.dense_work
+            self._require(changing, "turning the stack into dW")
+            return True
+        if self.settled == accumulator.kind:
             # The work beside a part of the clients may exceed that in the end: routes change.
             needs = replace(needs, stack_work=0, dense_work=0, means_work=0)
         if isinstance(accumulator, MeanAccumulator):
@@ -108,9 +129,6 @@ class MemoryPlan:
             self._require(staying, "the stack of all adapters")
             return False
         changing = accumulator.nbytes + needs.dense + needs.dense_work
-        if isinstance(joined, DenseAccumulator):
-            self._require(changing, "turning the stack into dW")
-            return True
         if self.budget is None:
             return self._outgrown(needs)
         if staying > self.budget or self._outgrown(needs):
@@ -130,42 +148,46 @@ class MemoryPlan:
         """
         needs = self._needs(roster, ())
         if "means" in self.method.accumulators:
-            total = {"auto": needs.means + needs.means_work}
+            total = {"means": needs.means + needs.means_work}
         else:
             total = {
                 "stack": needs.stack + needs.stack_work,
                 "dense": needs.dense + needs.dense_work,
             }
-        kinds = [kind for kind in total if self._allows(kind)]
+        kinds = [kind for kind in total if self.allows(kind)]
         if len(kinds) > 1 and self._outgrown(needs):
             kinds.reverse()
         fitting = [kind for kind in kinds if self.budget is None or total[kind] <= self.budget]
         best = fitting[0] if fitting else min(kinds, key=lambda kind: total[kind])
-        what = "the sum of the factors" if best == "auto" else f"the {best} accumulator"
+        what = "the sum of the factors" if best == "means" else f"the {best} accumulator"
         self._require(total[best], f"{what} of {len(roster)} clients")
         return best, total[best]
 
-    def _allows(self, kind: str) -> bool:
-        if kind == "auto":
-            return True
-        return kind in self.method.accumulators and self.mode in ("auto", kind)
+    def check_held(self, nbytes: int) -> None:
+        """Whether an accumulator that was saved may be held at all.
+
+        Raises:
+            MemoryBudgetExceeded: it may not.
+        """
+        self._require(nbytes, "the saved round")
+
+    def _may_outgrow(
+        self, roster: Roster, accumulator: Accumulator, layouts: Sequence[Layout]
+    ) -> bool:
+        """Whether the needs must be looked at although there is no budget."""
+        if not (self.may_change and isinstance(accumulator, StackAccumulator)):
+            return False
+        return roster.nbytes + sum(layout.nbytes for layout in layouts) > WORTH_CHANGING
 
     def _require(self, needed: int, what: str) -> None:
         require(needed, self.budget, what, _CURE)
 
     def _needs(self, roster: Roster, layouts: Sequence[Layout]) -> _Needs:
-        modules = roster.sizes_with(layouts)
         whole = WholeSums.bytes_for(roster.whole_with(layouts))
-        shapes: dict[tuple[int, int], list[int]] = {}
-        for size in modules:
-            # count, largest R, largest rank of a client, largest rank handed out
-            found = shapes.setdefault((size.m, size.n), [0, 0, 0, 0])
-            found[0] += 1
-            found[1] = max(found[1], size.rank_sum)
-            found[2] = max(found[2], size.width)
-            found[3] = max(found[3], width_of(self.method.handout, size))
         dense = means = stack_work = dense_work = means_work = 0
-        for (m, n), (count, rank_sum, width, handed) in shapes.items():
+        for (m, n), size in roster.shapes_with(layouts).items():
+            count, rank_sum, width = size.count, size.rank_sum, size.width
+            handed = width if self.method.handout.ranked else rank_sum
             dense += count * m * n * 4
             means += count * width * (m + n) * 8
             work = [
@@ -178,6 +200,5 @@ class MemoryPlan:
             dense_work = max(dense_work, work[1], folding)
             # Folding casts each slab to the float64 of the sums.
             means_work = max(means_work, work[2], 2 * folding)
-        held = sum(member.layout.nbytes for member in roster.members.values())
-        stack = held + sum(layout.nbytes for layout in layouts)
+        stack = roster.nbytes + sum(layout.nbytes for layout in layouts)
         return _Needs(stack, dense + whole, means + whole, stack_work, dense_work, means_work)

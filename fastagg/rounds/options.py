@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
 
 from fastagg import _library
-from fastagg.errors import InvalidInput
+from fastagg.errors import InvalidInput, short
 
-__all__ = ["check_choice", "parse_device", "parse_dtype"]
+__all__ = ["check_choice", "parse_device", "parse_dtype", "parse_seed"]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -29,6 +30,20 @@ def check_choice(field: str, value: str, choices: Sequence[str]) -> str:
             "no such option", field=field, expected=" or ".join(map(repr, choices)), got=repr(value)
         )
     return value
+
+
+def parse_seed(value: int) -> int:
+    """A seed, which the generator takes as 63 bits.
+
+    Raises:
+        InvalidInput: no such integer.
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not 0 <= value < 2**63:
+        raise InvalidInput(
+            "not a seed", field="seed", expected="an integer from 0 to 2^63 - 1", got=short(value)
+        )
+    return int(value)
 
 
 def parse_dtype(value: torch.dtype | str | None) -> torch.dtype | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from fastagg.errors import InvalidInput
 from fastagg.peft_format.config import AdapterConfig
@@ -64,10 +63,23 @@ class ModuleSize:
         )
 
 
+@dataclass(frozen=True)
+class ShapeSize:
+    """The modules of one shape: how many, the largest R_j and the largest rank of a client."""
+
+    count: int
+    rank_sum: int
+    width: int
+
+
 class Roster:
     """The members of a round by id, the modules and whole tensors they brought, their base model.
 
-    ``check`` refuses what does not fit and changes nothing; ``admit`` cannot fail.
+    ``check`` refuses what does not fit and changes nothing; ``admit`` cannot fail. Both cost what
+    the client's own modules do, however many are in the round.
+
+    Attributes:
+        nbytes: of all members' adapters.
     """
 
     def __init__(self, *, equal_ranks: bool = False, method: str = "") -> None:
@@ -75,11 +87,13 @@ class Roster:
         self.slots: dict[str, tuple[Slot, str]] = {}
         self.whole: dict[str, tuple[TensorSpan, str]] = {}
         self.sizes: dict[str, ModuleSize] = {}
+        self.nbytes = 0
         self.equal_ranks = equal_ranks
         self.method = method
         self._base: tuple[str, str] | None = None
         self._changed: tuple[str | None, str] | None = None
         self._known: set[str] = set()
+        self._shapes: dict[tuple[int, int], ShapeSize] = {}
 
     def __len__(self) -> int:
         return len(self.members)
@@ -112,8 +126,11 @@ class Roster:
 
     def admit(self, member: Member) -> None:
         """Enters a member that ``check`` has let pass."""
+        grown = self._grown([member.layout])
+        self._shapes = self._shapes_with(grown)
+        self.sizes.update(grown)
+        self.nbytes += member.layout.nbytes
         self.members[member.client] = member
-        self.sizes = self._sizes_with([member.layout])
         if member.config.base_model is not None and self._base is None:
             self._base = (member.config.base_model, member.client)
         if self._changed is None:
@@ -131,19 +148,29 @@ class Roster:
         Raises:
             InvalidInput: they do not fit together.
         """
-        nothing = np.zeros(0)
         for client, layout, config in clients:
-            self.check(client, layout, config)
-            self.admit(Member(client, 0.0, layout, config, nothing, 0.0))
+            self.admit_header(client, layout, config)
         return self
 
-    def sizes_with(self, layouts: Iterable[Layout]) -> Iterable[ModuleSize]:
-        """The sizes of all modules once clients of these layouts are added."""
-        return self._sizes_with(layouts).values()
+    def admit_header(self, client: str, layout: Layout, config: AdapterConfig) -> None:
+        """Enters a member whose weight is not known, or does not matter.
+
+        Raises:
+            InvalidInput: it does not fit to the others.
+        """
+        self.check(client, layout, config)
+        self.admit(Member(client, 0.0, layout, config, np.zeros(0), 0.0))
+
+    def shapes_with(self, layouts: Iterable[Layout]) -> dict[tuple[int, int], ShapeSize]:
+        """(m, n) -> the modules of that shape, once clients of these layouts are added."""
+        return self._shapes_with(self._grown(layouts))
 
     def widths_with(self, layouts: Iterable[Layout]) -> dict[str, int]:
-        """Module -> the largest rank of a client, once clients of these layouts are added."""
-        return {module: size.width for module, size in self._sizes_with(layouts).items()}
+        """Module -> the largest rank of a client once clients of these layouts are added.
+
+        Only of the modules that they have.
+        """
+        return {module: size.width for module, size in self._grown(layouts).items()}
 
     def whole_with(self, layouts: Iterable[Layout]) -> list[TensorSpan]:
         """The whole tensors once clients of these layouts are added."""
@@ -152,13 +179,26 @@ class Roster:
             spans.update({span.key: span for span in layout.whole})
         return list(spans.values())
 
-    def _sizes_with(self, layouts: Iterable[Layout]) -> dict[str, ModuleSize]:
-        sizes = dict(self.sizes)
+    def _grown(self, layouts: Iterable[Layout]) -> dict[str, ModuleSize]:
+        """The new sizes of the modules that these layouts have."""
+        grown: dict[str, ModuleSize] = {}
         for layout in layouts:
             for slot in layout.slots:
-                size = sizes.get(slot.module) or ModuleSize(slot.m, slot.n, 0, 0)
-                sizes[slot.module] = size.with_slot(slot)
-        return sizes
+                size = grown.get(slot.module) or self.sizes.get(slot.module)
+                size = size or ModuleSize(slot.m, slot.n, 0, 0)
+                grown[slot.module] = size.with_slot(slot)
+        return grown
+
+    def _shapes_with(self, grown: Mapping[str, ModuleSize]) -> dict[tuple[int, int], ShapeSize]:
+        shapes = dict(self._shapes)
+        for module, size in grown.items():
+            known = shapes.get((size.m, size.n), ShapeSize(0, 0, 0))
+            shapes[size.m, size.n] = ShapeSize(
+                known.count + (module not in self.sizes),
+                max(known.rank_sum, size.rank_sum),
+                max(known.width, size.width),
+            )
+        return shapes
 
     @property
     def base_model(self) -> str | None:
@@ -241,9 +281,3 @@ class Roster:
                 got="x".join(map(str, span.shape)),
                 cure="Aggregate only adapters of one base model",
             )
-
-
-def promoted(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The common dtype where there is one, float32 where they differ."""
-    found = set(dtypes)
-    return found.pop() if len(found) == 1 else torch.float32

@@ -14,11 +14,11 @@ from fastagg.accumulators.means import FactorSums
 from fastagg.accumulators.weights import WeightUnit
 from fastagg.accumulators.whole import WholeSums
 from fastagg.adapter import Adapter
+from fastagg.dtypes import dtype_name
 from fastagg.errors import InvalidInput
-from fastagg.method import Method
 from fastagg.peft_format.config import AdapterConfig
 from fastagg.peft_format.layout import Layout, TensorSpan
-from fastagg.rounds.memory_plan import Accumulator
+from fastagg.rounds.memory_plan import Accumulator, MemoryPlan
 from fastagg.rounds.plan import Bucket, WeightTotals
 from fastagg.rounds.roster import Member, Roster
 
@@ -37,7 +37,8 @@ def dump(method: str, missing: str, roster: Roster, accumulator: Accumulator) ->
     layouts: dict[str, Any] = {}
     members = []
     for number, member in enumerate(roster.members.values()):
-        layouts.setdefault(member.layout.digest, _layout_fields(member))
+        if member.layout.digest not in layouts:
+            layouts[member.layout.digest] = _layout_fields(member)
         members.append(
             {
                 "client": member.client,
@@ -64,32 +65,39 @@ def dump(method: str, missing: str, roster: Roster, accumulator: Accumulator) ->
 
 def load(
     state: Mapping[str, Any],
-    method: Method,
+    plan: MemoryPlan,
     missing: str,
     roster: Roster,
     device: torch.device,
-    fold_limit: int,
 ) -> Accumulator:
     """Fills an empty roster and returns the accumulator of a state.
 
     Raises:
-        InvalidInput: not a state, damaged, or of another method or ``missing``.
+        InvalidInput: not a state, damaged, of another method or ``missing``, or of an accumulator
+            that the plan excludes.
+        MemoryBudgetExceeded: it does not fit.
     """
     try:
         header = json.loads(state[HEADER])
         if header["version"] != VERSION:
             raise _damaged("it is of another version", VERSION, header["version"])
-        for field, mine in (("method", method.name), ("missing", missing)):
+        for field, mine in (("method", plan.method.name), ("missing", missing)):
             if header[field] != mine:
                 raise _damaged(f"it was saved with another {field}", mine, header[field])
+        kind = header["accumulator"]
+        if not plan.allows(kind):
+            allowed = [name for name in plan.method.accumulators if plan.allows(name)]
+            raise _damaged("it was saved with another accumulator", " or ".join(allowed), kind)
+        tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+        plan.check_held(sum(value.nbytes for value in tensors))
         members = _members(header, roster)
-        if header["accumulator"] == "stack":
+        if kind == "stack":
             return _load_stack(state, members, device)
         sums: DenseAccumulator | MeanAccumulator
-        if header["accumulator"] == "dense":
-            sums = DenseAccumulator(device, missing, fold_limit)
+        if kind == "dense":
+            sums = DenseAccumulator(device, missing, plan.fold_limit)
         else:
-            sums = MeanAccumulator(device, missing, fold_limit)
+            sums = MeanAccumulator(device, missing, plan.fold_limit)
         _load_sums(header["sums"], state, sums, device)
         _check_sums(sums, roster)
         return sums
@@ -118,7 +126,7 @@ def _layout_fields(member: Member) -> dict[str, Any]:
         "config": dict(member.config.raw),
         "nbytes": member.layout.nbytes,
         "tensors": [
-            [span.source, span.offset, list(span.shape), str(span.dtype).removeprefix("torch.")]
+            [span.source, span.offset, list(span.shape), dtype_name(span.dtype)]
             for span in member.layout.tensors
         ],
     }

@@ -13,7 +13,7 @@ from fastagg.accumulators.source import stack_part
 from fastagg.peft_format.layout import Layout
 from fastagg.rounds.budget import CHUNK_BYTES
 from fastagg.rounds.plan import ModuleIndex
-from fastagg.rounds.roster import Float64Array, promoted
+from fastagg.rounds.roster import Float64Array
 
 __all__ = ["Examples", "Norms", "Weighting"]
 
@@ -66,7 +66,7 @@ class Norms:
             return weights
         index = ModuleIndex.of({slot.module: (slot.m, slot.n) for slot in layout.slots})
         placed = index.placed(layout)
-        dtype = promoted(span.dtype for slot in layout.slots for span in (slot.a, slot.b))
+        dtype = layout.dtype
         by_number = np.empty(len(index), dtype=np.float64)
         for plan in index.plan([layout], [placed.scalings]):
             for lo, hi in plan.runs(CHUNK_BYTES, dtype.itemsize):
