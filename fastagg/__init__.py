@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from fastagg.factors import reconstruct as reconstruct
     from fastagg.factors import stack as stack
     from fastagg.linalg import truncated_svd as truncated_svd
-    from fastagg.rounds.one_call import aggregate as aggregate
     from fastagg.update import ClientUpdate as ClientUpdate
+    from fastagg.whole_round import aggregate as aggregate
 
 try:
     __version__ = version("fastagg")
@@ -37,7 +37,7 @@ _HOMES = {
     "FastAggError": "errors",
     "InvalidInput": "errors",
     "MemoryBudgetExceeded": "errors",
-    "aggregate": "rounds.one_call",
+    "aggregate": "whole_round",
     "reconstruct": "factors",
     "stack": "factors",
     "truncated_svd": "linalg",

@@ -27,10 +27,10 @@ from fastagg.handouts.target import (
 from fastagg.handouts.writer import HandoutWriter, Progress
 from fastagg.method import Method
 from fastagg.peft_format.layout import Slot
+from fastagg.planning.budget import PeakMemory, require, work_bytes
+from fastagg.planning.roster import Roster
 from fastagg.report import ModuleReport, Report, SkippedClient, Stopwatch
-from fastagg.rounds.budget import PeakMemory, require, work_bytes
 from fastagg.rounds.log import RoundLog, module_reports
-from fastagg.rounds.roster import Roster
 
 if TYPE_CHECKING:
     from fastagg.checkpoint import Change

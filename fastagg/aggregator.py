@@ -19,11 +19,11 @@ from fastagg.linalg import ROUTES
 from fastagg.method import Method
 from fastagg.peft_format.config import AdapterConfig
 from fastagg.peft_format.layout import Layout
+from fastagg.planning.budget import PeakMemory
+from fastagg.planning.roster import Member, Roster
 from fastagg.report import Stopwatch
-from fastagg.rounds.budget import PeakMemory
 from fastagg.rounds.memory_plan import Accumulator, MemoryPlan
 from fastagg.rounds.options import check_choice, parse_device, parse_dtype, parse_seed
-from fastagg.rounds.roster import Member, Roster
 from fastagg.update import ClientUpdate
 
 __all__ = ["Aggregator"]

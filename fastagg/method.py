@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastagg.errors import InvalidInput
 from fastagg.handouts.choices import Handout
-from fastagg.rounds.weighting import Weighting
+from fastagg.weighting import Weighting
 
 __all__ = ["Method"]
 

@@ -226,7 +226,7 @@ def test_ctrl_c_during_the_admission_is_told(
     for change in (lambda: aggregator.add(clients[2].update),
                    lambda: aggregator.merge(added(clients[2:], **options))):
         other = added(clients[2:], **options)
-        monkeypatch.setattr("fastagg.rounds.roster.Roster.admit", interrupted)
+        monkeypatch.setattr("fastagg.planning.roster.Roster.admit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             aggregator.merge(other)
         monkeypatch.undo()

@@ -373,8 +373,8 @@ def test_a_change_need_not_be_an_adapter(tmp_path: Path) -> None:
 
 def test_an_aggregate_is_merged_without_a_folder_between(tmp_path: Path) -> None:
     from fastagg.aggregation import Aggregate
-    from fastagg.rounds.one_call import aggregate
     from fastagg.update import ClientUpdate
+    from fastagg.whole_round import aggregate
 
     weight = torch.randn(24, 16)
     simple_base(tmp_path / "base", **{"lin.weight": weight})
@@ -470,7 +470,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
         """
         import sys, torch
         from fastagg import ops
-        from fastagg.rounds.budget import anonymous_bytes
+        from fastagg.planning.budget import anonymous_bytes
         from fastagg.checkpoint import merge_into_checkpoint
         torch.ones(64, 64) @ torch.ones(64, 64)
         peak, before = 0, anonymous_bytes()

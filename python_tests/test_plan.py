@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastagg import _host
-from fastagg.rounds.plan import ModuleIndex, WeightTotals, padded, stream_of
-from fastagg.rounds.roster import Member
+from fastagg.planning.plan import ModuleIndex, WeightTotals, padded, stream_of
+from fastagg.planning.roster import Member
 
 
 def build(tables, modules, scales, bucket, place, lengths):

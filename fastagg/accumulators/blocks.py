@@ -9,8 +9,8 @@ import torch
 
 from fastagg.accumulators.source import Chunk, stack_part
 from fastagg.peft_format.layout import promoted
-from fastagg.rounds.plan import Bucket, ModuleIndex
-from fastagg.rounds.roster import Float64Array, Member
+from fastagg.planning.plan import Bucket, ModuleIndex
+from fastagg.planning.roster import Float64Array, Member
 
 __all__ = ["Blocks"]
 

@@ -18,9 +18,9 @@ from fastagg.accumulators.weights import WeightUnit, check_totals
 from fastagg.accumulators.whole import SummedWhole, WholeSums
 from fastagg.errors import InvalidInput
 from fastagg.peft_format.layout import Layout
-from fastagg.rounds.budget import CHUNK_BYTES
-from fastagg.rounds.plan import Bucket, WeightTotals
-from fastagg.rounds.roster import Member, Roster
+from fastagg.planning.budget import CHUNK_BYTES
+from fastagg.planning.plan import Bucket, WeightTotals
+from fastagg.planning.roster import Member, Roster
 
 __all__ = ["DenseAccumulator", "DenseSource"]
 

@@ -20,9 +20,9 @@ from fastagg.accumulators.source import Chunk
 from fastagg.accumulators.weights import check_totals
 from fastagg.accumulators.whole import SummedWhole, WholeSums
 from fastagg.errors import InvalidInput
-from fastagg.rounds.budget import CHUNK_BYTES
-from fastagg.rounds.plan import Bucket, WeightTotals, padded
-from fastagg.rounds.roster import Member, Roster
+from fastagg.planning.budget import CHUNK_BYTES
+from fastagg.planning.plan import Bucket, WeightTotals, padded
+from fastagg.planning.roster import Member, Roster
 
 __all__ = ["FactorSums", "MeanAccumulator", "MeanSource"]
 

@@ -11,7 +11,7 @@ import torch
 
 from fastagg import ops
 from fastagg.errors import InvalidInput
-from fastagg.rounds.plan import BucketPlan, ModuleIndex
+from fastagg.planning.plan import BucketPlan, ModuleIndex
 
 __all__ = ["Chunk", "Source", "WholeAverages", "stack_part"]
 

@@ -11,8 +11,8 @@ from fastagg.accumulators.source import Chunk, stack_part
 from fastagg.accumulators.weights import check_totals
 from fastagg.accumulators.whole import HeldWhole
 from fastagg.peft_format.layout import Slot, promoted
-from fastagg.rounds.plan import ModuleIndex, WeightTotals, padded
-from fastagg.rounds.roster import Float64Array, Member, Roster
+from fastagg.planning.plan import ModuleIndex, WeightTotals, padded
+from fastagg.planning.roster import Float64Array, Member, Roster
 
 __all__ = ["StackAccumulator", "StackSource"]
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from fastagg.errors import InvalidInput
-from fastagg.rounds.plan import WeightTotals
-from fastagg.rounds.roster import Float64Array
+from fastagg.planning.plan import WeightTotals
+from fastagg.planning.roster import Float64Array
 
 __all__ = ["WeightUnit", "check_totals"]
 

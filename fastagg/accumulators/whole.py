@@ -14,7 +14,7 @@ import torch
 from fastagg.accumulators.weights import WeightUnit
 from fastagg.errors import InvalidInput
 from fastagg.peft_format.layout import TensorSpan
-from fastagg.rounds.roster import Member
+from fastagg.planning.roster import Member
 
 __all__ = ["HeldWhole", "SummedWhole", "WholeSums"]
 

@@ -12,9 +12,9 @@ from fastagg.aggregator import Aggregator
 from fastagg.folders.rounds import FolderRound
 from fastagg.handouts.choices import Settings
 from fastagg.handouts.target import Target, targets_for
+from fastagg.planning.plan import padded
+from fastagg.planning.roster import Roster
 from fastagg.report import SkippedClient
-from fastagg.rounds.plan import padded
-from fastagg.rounds.roster import Roster
 
 __all__ = ["ClientPreview", "FolderPreview", "ModulePreview", "Preview", "preview"]
 

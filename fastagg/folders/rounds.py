@@ -20,8 +20,8 @@ from fastagg.peft_format.adapter_folder import named_path
 from fastagg.peft_format.config import AdapterConfig
 from fastagg.peft_format.layout import Layout
 from fastagg.peft_format.output_folder import check_free
+from fastagg.planning.roster import Roster
 from fastagg.report import Report, SkippedClient
-from fastagg.rounds.roster import Roster
 from fastagg.update import ClientUpdate
 
 __all__ = ["FolderRound", "Progress", "aggregate_folders", "client_folders"]

@@ -12,7 +12,7 @@ from typing import Any
 from fastagg.adapter import Adapter
 from fastagg.dtypes import dtype_name
 from fastagg.errors import InvalidInput
-from fastagg.rounds.roster import Roster
+from fastagg.planning.roster import Roster
 
 __all__ = ["Validation", "Verdict", "validate_folders"]
 

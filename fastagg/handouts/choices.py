@@ -16,7 +16,7 @@ import torch
 from fastagg import linalg, ops
 from fastagg.accumulators import Chunk
 from fastagg.errors import InvalidInput
-from fastagg.rounds.plan import stream_of
+from fastagg.planning.plan import stream_of
 
 __all__ = ["ClientStack", "Factored", "FirstRows", "Handout", "Settings", "TruncatedSVD"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastagg.dtypes import DTYPE_CODES
-from fastagg.rounds.plan import Bucket, PlanPart
+from fastagg.planning.plan import Bucket, PlanPart
 
 __all__ = ["Parcel", "split_by_target"]
 

@@ -11,7 +11,7 @@ from fastagg.errors import InvalidInput
 from fastagg.handouts.choices import Handout
 from fastagg.peft_format.config import AdapterConfig
 from fastagg.peft_format.layout import Layout, TensorSpan, promoted
-from fastagg.rounds.roster import Member, Roster
+from fastagg.planning.roster import Member, Roster
 
 __all__ = [
     "Target",

@@ -18,10 +18,10 @@ from fastagg.handouts.parcel import Parcel, split_by_target
 from fastagg.handouts.sink import Sink
 from fastagg.handouts.target import Target
 from fastagg.peft_format.layout import TensorSpan
+from fastagg.planning.budget import PeakMemory, slab_bytes
+from fastagg.planning.plan import PlanPart
+from fastagg.planning.roster import ModuleSize
 from fastagg.report import ModuleReport, Stopwatch
-from fastagg.rounds.budget import PeakMemory, slab_bytes
-from fastagg.rounds.plan import PlanPart
-from fastagg.rounds.roster import ModuleSize
 
 __all__ = ["HandoutWriter", "Progress", "module_bytes", "width_of"]
 

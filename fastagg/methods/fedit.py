@@ -12,7 +12,7 @@ s_k; with one scaling for all that is the paper's average.
 
 from fastagg.handouts.choices import FirstRows
 from fastagg.method import Method
-from fastagg.rounds.weighting import Examples
+from fastagg.weighting import Examples
 
 METHOD = Method(
     name="fedit",

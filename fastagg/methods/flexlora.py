@@ -11,7 +11,7 @@ decomposition at the largest rank serves all clients, and dW is not formed for i
 
 from fastagg.handouts.choices import TruncatedSVD
 from fastagg.method import Method
-from fastagg.rounds.weighting import Examples
+from fastagg.weighting import Examples
 
 METHOD = Method(
     name="flexlora",

@@ -12,7 +12,7 @@ another dtype is asked for: rounding the products to bfloat16 would cost the exa
 
 from fastagg.handouts.choices import ClientStack
 from fastagg.method import Method
-from fastagg.rounds.weighting import Examples
+from fastagg.weighting import Examples
 
 METHOD = Method(
     name="flora",

@@ -14,7 +14,7 @@ the paper is the clients' own work. Unlike scalings are treated as in FedIT.
 
 from fastagg.handouts.choices import FirstRows
 from fastagg.method import Method
-from fastagg.rounds.weighting import Norms
+from fastagg.weighting import Norms
 
 METHOD = Method(
     name="hetlora",

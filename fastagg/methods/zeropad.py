@@ -11,7 +11,7 @@ others. Unlike scalings are treated as in FedIT.
 
 from fastagg.handouts.choices import FirstRows
 from fastagg.method import Method
-from fastagg.rounds.weighting import Examples
+from fastagg.weighting import Examples
 
 METHOD = Method(
     name="zeropad",

@@ -1,1 +1,1 @@
-"""A round: who takes part, where factors land, what memory it takes, and its saved state."""
+"""A round in progress: options, the accumulator it needs, its log, its saved state, its base."""

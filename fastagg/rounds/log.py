@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastagg.handouts.target import Target
+from fastagg.planning.budget import PeakMemory
+from fastagg.planning.roster import Roster
 from fastagg.report import ClientReport, ModuleReport, Report, SkippedClient, Stopwatch
-from fastagg.rounds.budget import PeakMemory
-from fastagg.rounds.roster import Roster
 
 __all__ = ["RoundLog", "module_reports"]
 

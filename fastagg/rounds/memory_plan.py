@@ -11,9 +11,9 @@ from fastagg.handouts.choices import Settings
 from fastagg.handouts.writer import module_bytes
 from fastagg.method import Method
 from fastagg.peft_format.layout import Layout
-from fastagg.rounds.budget import CHUNK_BYTES, require
-from fastagg.rounds.plan import padded
-from fastagg.rounds.roster import Roster
+from fastagg.planning.budget import CHUNK_BYTES, require
+from fastagg.planning.plan import padded
+from fastagg.planning.roster import Roster
 
 __all__ = ["Accumulator", "MemoryPlan"]
 

@@ -18,9 +18,9 @@ from fastagg.dtypes import dtype_name
 from fastagg.errors import InvalidInput
 from fastagg.peft_format.config import AdapterConfig
 from fastagg.peft_format.layout import Layout, TensorSpan
+from fastagg.planning.plan import Bucket, WeightTotals
+from fastagg.planning.roster import Member, Roster
 from fastagg.rounds.memory_plan import Accumulator, MemoryPlan
-from fastagg.rounds.plan import Bucket, WeightTotals
-from fastagg.rounds.roster import Member, Roster
 
 __all__ = ["dump", "load"]
 

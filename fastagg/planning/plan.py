@@ -17,7 +17,7 @@ import torch
 
 from fastagg import _host
 from fastagg.peft_format.layout import Layout
-from fastagg.rounds.roster import Float64Array, Member
+from fastagg.planning.roster import Float64Array, Member
 
 __all__ = ["ROW_MULTIPLE", "Bucket", "BucketPlan", "ModuleIndex", "WeightTotals", "padded", "stream_of"]
 

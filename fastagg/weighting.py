@@ -11,9 +11,9 @@ import torch
 from fastagg import ops
 from fastagg.accumulators.source import stack_part
 from fastagg.peft_format.layout import Layout
-from fastagg.rounds.budget import CHUNK_BYTES
-from fastagg.rounds.plan import ModuleIndex
-from fastagg.rounds.roster import Float64Array
+from fastagg.planning.budget import CHUNK_BYTES
+from fastagg.planning.plan import ModuleIndex
+from fastagg.planning.roster import Float64Array
 
 __all__ = ["Examples", "Norms", "Weighting"]
 
