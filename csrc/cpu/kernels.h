@@ -3,33 +3,13 @@
 
 #include <cstdint>
 
-#include "../ragged/tables.h"
+#include "../ragged/slab.h"
 
 namespace fastagg::cpu {
-
-// A slab of a stack: (modules, rows, cols) of one dtype.
-struct Slab {
-  const void* data;
-  DType dtype;
-  int64_t rows;
-  int64_t cols;
-
-  const void* row(int64_t module, int64_t row) const {
-    return static_cast<const char*>(data) + ((module * rows + row) * cols) * element_size(dtype);
-  }
-};
 
 void scan(const void* flat, const Span* spans, int64_t count, int64_t* nonfinite,
           double* sum_of_squares);
 
-struct StackOut {
-  void* a;   // (modules, rows, n)
-  void* bt;  // (modules, rows, m)
-  DType dtype;
-  int64_t modules, rows, m, n;
-  int64_t* nonfinite;      // (slots, 2)
-  double* sum_of_squares;  // (2, modules, rows)
-};
 void stack(const void* const* flats, const StackSlot* slots, int64_t count, const double* scale,
            const StackOut& out);
 

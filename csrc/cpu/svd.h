@@ -9,28 +9,6 @@
 
 namespace fastagg::cpu {
 
-// Columns of the stats of a decomposition.
-constexpr int64_t kSquaredNorm = 0;    // |dW|_F^2
-constexpr int64_t kCertificate = 1;    // an upper bound of error^2 - optimal^2 at rank r
-constexpr int64_t kNumericalRank = 2;  // singular values above rounding (randomized: among l)
-constexpr int64_t kStats = 3;
-
-template <class T>
-struct SvdOut {
-  T* u;   // (modules, m, r)
-  T* s;   // (modules, r)
-  T* vt;  // (modules, r, n)
-  double* stats;
-  int64_t modules, m, n, r;
-};
-
-struct Sketch {
-  int64_t columns;  // l
-  int64_t power_iterations;
-  uint64_t seed;
-  const int64_t* streams;  // (modules), or null: the module's index
-};
-
 // Exact: fp64 Gram matrices, pivoted Cholesky, SVD of the R x R core.
 template <class T>
 void gram_svd(const Slab& a, const Slab& bt, const double* coefficients, const SvdOut<T>& out);
@@ -43,9 +21,6 @@ void randomized_svd(const Slab& a, const Slab& bt, const double* coefficients, c
 // The same of a dense dW (modules, m, n).
 template <class T>
 void randomized_svd_dense(const Slab& w, const Sketch& sketch, const SvdOut<T>& out);
-
-// The promise of an exact route: error <= optimal error + kPromise |dW|.
-constexpr double kPromise = 2e-6;
 
 // Writes the singular values and stats of an exact route and returns how many of r columns carry
 // weight: those above what rounding leaves of dW's terms, whose norm is at most `terms`.

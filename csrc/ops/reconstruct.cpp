@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
+#include "../cpu/kernels.h"
 #include "checks.h"
 #include "slabs.h"
 

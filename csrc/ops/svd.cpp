@@ -11,20 +11,19 @@ namespace {
 
 using Decomposition = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Results are float32, or float64 where a factor is. `compute` gets a cpu::SvdOut of that type.
+// Results are float32, or float64 where a factor is. `compute` gets a SvdOut of that type.
 template <class Compute>
 Decomposition decompose(bool wide, int64_t modules, int64_t m, int64_t n, int64_t r,
                         const Compute& compute) {
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
   Tensor u = empty_cpu({modules, m, r}, dtype), s = empty_cpu({modules, r}, dtype);
   Tensor vt = empty_cpu({modules, r, n}, dtype);
-  Tensor stats = empty_cpu({modules, cpu::kStats}, ScalarType::Double);
+  Tensor stats = empty_cpu({modules, kStats}, ScalarType::Double);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    compute(cpu::SvdOut<T>{static_cast<T*>(u.mutable_data_ptr()),
-                           static_cast<T*>(s.mutable_data_ptr()),
-                           static_cast<T*>(vt.mutable_data_ptr()),
-                           static_cast<double*>(stats.mutable_data_ptr()), modules, m, n, r});
+    compute(SvdOut<T>{static_cast<T*>(u.mutable_data_ptr()), static_cast<T*>(s.mutable_data_ptr()),
+                      static_cast<T*>(vt.mutable_data_ptr()),
+                      static_cast<double*>(stats.mutable_data_ptr()), modules, m, n, r});
   };
   wide ? run(0.0) : run(0.0f);
   return {u, s, vt, stats};
@@ -38,7 +37,7 @@ void check_rank(const char* op, int64_t rank, int64_t modules, int64_t m, int64_
 constexpr int64_t kSmallestSketched = 64;
 
 struct SketchArguments {
-  cpu::Sketch sketch;
+  Sketch sketch;
   Tensor streams;
 };
 

@@ -182,8 +182,8 @@ struct Problem {
           product[(row / rows * m + i) * n + j] +=
               c[row] * bt.exact[row * m + i] * a.exact[row * n + j];
   }
-  cpu::Slab slab_a() const { return {a.bytes.data(), a.dtype, rows, n}; }
-  cpu::Slab slab_bt() const { return {bt.bytes.data(), bt.dtype, rows, m}; }
+  Slab slab_a() const { return {a.bytes.data(), a.dtype, rows, n}; }
+  Slab slab_bt() const { return {bt.bytes.data(), bt.dtype, rows, m}; }
 };
 
 Bytes products(const Problem& p) {
@@ -232,9 +232,9 @@ Bytes decompose(const Problem& p, int route, double allowed) {
   const int64_t r = integer(0, 12);
   std::vector<T> u(p.modules * p.m * r, T(9)), s(p.modules * r, T(9)),
       vt(p.modules * r * p.n, T(9));
-  std::vector<double> stats(p.modules * cpu::kStats, 9.0);
-  const cpu::SvdOut<T> out{u.data(), s.data(), vt.data(), stats.data(), p.modules, p.m, p.n, r};
-  const cpu::Sketch sketch{std::min({2 * r, p.m, p.n}), 2, 5, nullptr};
+  std::vector<double> stats(p.modules * kStats, 9.0);
+  const SvdOut<T> out{u.data(), s.data(), vt.data(), stats.data(), p.modules, p.m, p.n, r};
+  const Sketch sketch{std::min({2 * r, p.m, p.n}), 2, 5, nullptr};
   std::vector<float> dense(p.product.begin(), p.product.end());
   if (route == 0) cpu::gram_svd(p.slab_a(), p.slab_bt(), p.c.data(), out);
   if (route == 1) cpu::randomized_svd(p.slab_a(), p.slab_bt(), p.c.data(), sketch, out);
@@ -253,7 +253,7 @@ Bytes decompose(const Problem& p, int route, double allowed) {
     for (int64_t k = 0; k < r; ++k) kept2 += double(s[l * r + k]) * s[l * r + k];
     // Orthonormal factors: what is kept and what is missed make up the whole.
     near(kept2 + error2, norm2, allowed * (1 + norm2), "energy of a decomposition");
-    near(stats[l * cpu::kStats], norm2, allowed * (1 + norm2), "norm of a decomposition");
+    near(stats[l * kStats], norm2, allowed * (1 + norm2), "norm of a decomposition");
   }
   Bytes result;
   append(result, u);
