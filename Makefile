@@ -9,8 +9,8 @@ PYTHON ?= python3
 VENV ?= .venv
 
 BIN := $(VENV)/bin
-SOURCES := setup.py $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc python_tests/csrc -name '*.cpp' -o -name '*.h')
+SOURCES := setup.py $(shell find csrc build_cuda -type f -not -name '*.pyc')
+CXX_SOURCES := $(shell find csrc python_tests/csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .PHONY: demo test lint bench build clean
 

@@ -157,5 +157,5 @@ def table(record: dict[str, Any]) -> str:
         )
     for key, value in record.items():
         if isinstance(value, float):
-            lines.append(f"  {key.replace('_', ' ')}: {value:.2f}")
+            lines.append(f"  {key.replace('_', ' ')}: {value:.3g}")
     return "\n".join(lines)

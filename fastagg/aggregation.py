@@ -159,14 +159,15 @@ class Aggregate:
             InvalidInput: no such module.
         """
         slot = self._slot(module)
-        matrix = torch.zeros(slot.m, slot.n, dtype=torch.float32)
+        matrix = torch.zeros(slot.m, slot.n, dtype=torch.float32, device=self._source.device)
         self.add_delta(module, matrix)
-        return (matrix.t() if slot.transposed else matrix).reshape(slot.weight_shape)
+        return (matrix.t() if slot.transposed else matrix).reshape(slot.weight_shape).cpu()
 
     def add_delta(self, module: str, matrix: torch.Tensor, *, transposed: bool = False) -> None:
         """Adds dW of one module into an (m, n) matrix in place, or dW^T into an (n, m) one.
 
-        The matrix may be float32, bfloat16, float16 or float64; the sum is rounded once.
+        The matrix may be float32, bfloat16, float16 or float64, on any device, where the work is
+        done; the sum is rounded once.
         """
         self._slot(module)
         bucket, place = self._source.index.where(module)
@@ -180,8 +181,9 @@ class Aggregate:
         Args:
             base: a model, plain or wrapped by PEFT, or its weights by parameter name.
 
-        Weights of float32, bfloat16, float16 and float64; sums are taken in float32 or better and
-        rounded once. All shapes are checked before any weight is changed.
+        Weights of float32, bfloat16, float16 and float64, on any device, where the work is done;
+        sums are taken in float32 or better and rounded once. All shapes are checked before any
+        weight is changed.
 
         Raises:
             InvalidInput: a module that the base lacks, another shape, a quantised weight, or
@@ -271,7 +273,7 @@ class Aggregate:
         return self._roster.slots[module][0]
 
     def _new_writer(self, handout: Handout, modules: dict[str, ModuleReport]) -> HandoutWriter:
-        limit = work_bytes()
+        limit = work_bytes(self._source.device)
         if self._options.max_memory is not None:
             limit = max(1, min(limit, self._options.max_memory - self._source.nbytes))
         return HandoutWriter(

@@ -34,7 +34,9 @@ class Aggregator:
 
     Args:
         method: the name of a published method, one of :func:`fastagg.methods.names`, or a Method.
-        max_memory: what accumulator and workspace may take: bytes, or a text such as "8GiB".
+        max_memory: what accumulator and workspace may take on the device: bytes, or a text such as
+            "8GiB". On a GPU, sums have two clients under way to them beside; as much pinned memory
+            of the host is not counted.
         missing: what a module counts for that a client lacks: "renormalise" divides by the weights
             of the clients that have it, "zero" counts the others with an update of zero.
         accumulator: "stack" keeps the adapters: bits do not depend on the order of arrival, memory
@@ -42,7 +44,8 @@ class Aggregator:
             number of clients; the order of arrival matters in the last bits. "auto" begins with
             the stack and changes to dense once that is smaller, or while max_memory still lets it.
         route: how dW is decomposed: "gram", "qr", "randomized", "dense" or "auto".
-        device: "cpu", "cuda", or "auto": cuda where a GPU and the CUDA kernels are there.
+        device: "cpu", "cuda", or "auto": cuda where a GPU and the CUDA kernels are there. The work
+            goes to the current stream; adapters, states and deltas come back on the CPU.
         dtype: of what is handed out; None is each client's own.
         seed: of the randomized decomposition.
 
@@ -121,7 +124,7 @@ class Aggregator:
         member = Member(client, update.weight, adapter.layout, adapter.config, weights, absent)
         with self._watch.stage("fold"):
             self._make_room([member])
-            self._changing(lambda: self._copy_or_add(member, adapter), [member])
+            self._changing(self._change_by(member, adapter), [member])
         self._peak.sample()
 
     def plan_for(self, clients: Iterable[tuple[str, Layout, AdapterConfig]]) -> tuple[str, int]:
@@ -173,6 +176,7 @@ class Aggregator:
         """
         self._check_usable()
         other._check_usable()
+        other._check_sums()
         self._check_like(other)
         members = other._roster.sorted()
         for member in members:
@@ -200,7 +204,7 @@ class Aggregator:
                 cure="Add a client's update first",
             )
         options = HandoutOptions(
-            self.missing, Settings(self.route, self.seed), self.dtype, self.max_memory
+            self.missing, self._plan.settings, self.dtype, self.max_memory
         )
         sums = self._accumulator
         try:
@@ -223,6 +227,7 @@ class Aggregator:
         from fastagg.rounds.state import dump
 
         self._check_usable()
+        self._check_sums()
         return dump(self.method.name, self.missing, self._roster, self._accumulator)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -256,13 +261,13 @@ class Aggregator:
     ) -> None:
         """Begins a round: an empty one, or one that was saved."""
         self._interrupted = "a round was about to begin"
-        settings = Settings(self.route, self.seed)
+        settings = Settings(self.route, self.seed, self.device)
         self._plan = MemoryPlan(
             self.method, settings, self.max_memory, self.accumulator, settled
         )
         self._roster, self._accumulator = contents or (self._new_roster(), self._empty())
         self._watch = Stopwatch()
-        self._peak = PeakMemory()
+        self._peak = PeakMemory(self.device)
         self._interrupted = None
 
     def _new_roster(self) -> Roster:
@@ -300,10 +305,23 @@ class Aggregator:
             assert isinstance(ours, MeanAccumulator)
             ours.merge(theirs)
 
-    def _copy_or_add(self, member: Member, adapter: Adapter) -> None:
-        self._accumulator.add([member], [adapter.flat])
-        if isinstance(self._accumulator, StackAccumulator):
-            adapter.check_unchanged(member.client)
+    def _change_by(self, member: Member, adapter: Adapter) -> Callable[[], None]:
+        """What takes a client's numbers in.
+
+        Raises:
+            InvalidInput: the file was rewritten before its copy, the only one that a GPU sees, was made.
+        """
+        accumulator = self._accumulator
+        if isinstance(accumulator, StackAccumulator):
+
+            def copy() -> None:
+                accumulator.add([member], [adapter.flat])
+                adapter.check_unchanged(member.client)
+
+            return copy
+        flat = accumulator.staging.bring(adapter.flat)
+        adapter.check_unchanged(member.client)
+        return lambda: accumulator.add([member], [flat])
 
     def _changing(self, change: Callable[[], None], members: Sequence[Member]) -> None:
         """Changes the accumulator and admits the members; once begun, that must not stop half way.
@@ -329,6 +347,10 @@ class Aggregator:
                 f"a change of the round was interrupted ({self._interrupted}): what was added up is "
                 "worth nothing now. Load a saved state, or start the round again"
             )
+
+    def _check_sums(self) -> None:
+        if not isinstance(self._accumulator, StackAccumulator):
+            self._accumulator.blocks.check_finite()
 
     def _check_like(self, other: Aggregator) -> None:
         for field in ("method", "missing", "accumulator", "route", "dtype", "seed"):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastagg import ops
+from fastagg.devices import pinned, uploaded
 
 
 def stack(
@@ -55,7 +56,7 @@ def reconstruct(
     common = dtypes.pop() if len(dtypes) == 1 else torch.float32
     slab_a, slab_bt = _slabs(As, Bs, None, common)
     ranks = torch.tensor([A.shape[0] for A in As])
-    rows = scale.repeat_interleave(ranks)[None].to(slab_a.device)
+    rows = uploaded(scale.repeat_interleave(ranks)[None], slab_a.device)
     if base is None:
         return ops.reconstruct(slab_a, slab_bt, rows, dtype=dtype)[0]
     expected = (slab_bt.shape[2], slab_a.shape[2])
@@ -130,8 +131,8 @@ def _slabs(
     device = As[0].device
     A, Bt, _, _ = ops.stack(
         flats,
-        torch.tensor(slots, dtype=torch.int64, device=device),
-        None if scale is None else scale.to(device),
+        pinned(torch.tensor(slots, dtype=torch.int64), device),
+        None if scale is None else pinned(scale, device),
         modules=1,
         rows=row,
         m=Bs[0].shape[0],

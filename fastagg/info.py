@@ -39,7 +39,7 @@ _VARIABLES = (
 def environment() -> dict[str, Any]:
     """Everything about the installation that a bug report needs, as a JSON-able dictionary.
 
-    Keys: `fastagg`, `python`, `platform`, `packages`, `variables`, `cpu`, `torch`, `gpus`,
+    Keys: `fastagg`, `python`, `platform`, `packages`, `variables`, `cpu`, `torch`, `gpus`, `cuda`,
     `libraries`, `ops`. A part that could not be read is `{"error": why}`. Never raises.
     """
     return {
@@ -55,6 +55,7 @@ def environment() -> dict[str, Any]:
         "cpu": _read(_cpu),
         "torch": _read(_torch),
         "gpus": _read(_gpus),
+        "cuda": _read(_cuda),
         "libraries": _read(_libraries),
         "ops": _read(_kernels),
     }
@@ -125,6 +126,8 @@ def _torch() -> dict[str, Any]:
 def _gpus() -> list[dict[str, Any]]:
     import torch
 
+    from fastagg import _library
+
     if not torch.cuda.is_available():
         return []
     found = []
@@ -136,9 +139,18 @@ def _gpus() -> list[dict[str, Any]]:
                 "capability": f"{properties.major}.{properties.minor}",
                 "memory": properties.total_memory,
                 "multiprocessors": properties.multi_processor_count,
+                "obstacle": _library.cuda_obstacle(index),
             }
         )
     return found
+
+
+def _cuda() -> dict[str, Any]:
+    """Whether our CUDA kernels can run on torch's current GPU."""
+    from fastagg import _library
+
+    obstacle = _library.cuda_obstacle()
+    return {"usable": obstacle is None, "why_not": obstacle}
 
 
 def _libraries() -> dict[str, Any]:
@@ -154,11 +166,16 @@ def _kernels() -> dict[str, dict[str, bool]]:
     """op -> dispatch key -> whether a kernel is registered there; {} without the library."""
     import torch
 
+    from fastagg import _library
+
     _read(lambda: importlib.import_module("fastagg.ops"))  # registers what can be loaded
     prefix = "fastagg::"
     known = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
     registered = {name.removeprefix(prefix) for name in known if name.startswith(prefix)}
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    # Without the library what is registered for CUDA only refuses.
+    absent = set() if _library.CUDA.loaded else {"CUDA"}
     return {
-        op: {key: has_kernel(prefix + op, key) for key in BACKENDS} for op in sorted(registered)
+        op: {key: key not in absent and has_kernel(prefix + op, key) for key in BACKENDS}
+        for op in sorted(registered)
     }

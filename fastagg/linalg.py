@@ -20,6 +20,7 @@ from fastagg import ops
 ROUTES = ("auto", "gram", "qr", "randomized", "dense")
 
 _PROMISE = 2e-6  # an exact route's excess error over the optimum, relative to |dW|_F
+_MOST_ROWS_OF_AN_EXACT_ROUTE = 1024  # on a GPU; see fastest_route
 _FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -124,8 +125,14 @@ def svd_of_stack(
     """
     oversampling = rank if oversampling is None else oversampling
     if route == "auto":
-        columns = rank + oversampling
-        route = fastest_route(Bt.shape[2], A.shape[2], A.shape[1], columns, power_iterations)
+        route = fastest_route(
+            Bt.shape[2],
+            A.shape[2],
+            A.shape[1],
+            rank + oversampling,
+            power_iterations,
+            device=A.device,
+        )
     if route == "gram":
         return _decomposition(route, ops.gram_svd(A, Bt, coefficients, rank=rank))
     if route == "qr":
@@ -173,12 +180,28 @@ def svd_of_dense(
     )
 
 
-def fastest_route(m: int, n: int, rows: int, columns: int, power_iterations: int = 2) -> str:
+def fastest_route(
+    m: int,
+    n: int,
+    rows: int,
+    columns: int,
+    power_iterations: int = 2,
+    *,
+    device: torch.device | None = None,
+) -> str:
     """The route that a cost model expects to be fastest for R = `rows` and a sketch of l = `columns`.
 
-    Work is counted in fp32 multiply-adds of a large product; what an fp64 Gram matrix, the core's SVD
-    and the small factorisations cost in that unit was fitted to ``python -m bench.routes``.
+    On a CPU (the default) work is counted in fp32 multiply-adds of a large product; what an fp64 Gram
+    matrix, the core's SVD and the small factorisations cost in that unit was fitted to ``python -m
+    bench.routes``.
+
+    On a GPU the border is drawn by counts, not by a measurement: up to R = 1024 the exact route's fp64
+    tensor-core products stay within a few times the reading of the factors, and its R x R core within
+    reach of one-sided Jacobi; beyond it the core's O(R^3) in fp64, a sweep at a time, outweighs passes
+    over the factors with l columns.
     """
+    if device is not None and device.type == "cuda":
+        return "gram" if rows <= _MOST_ROWS_OF_AN_EXACT_ROUTE else "randomized"
     length = m + n
     core = min(rows, max(m, n))
     l = min(columns, m, n)  # noqa: E741 - the field's name for a sketch's columns

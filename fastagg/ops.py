@@ -10,12 +10,20 @@ and the factors are never rounded. Factors are float32, bfloat16 or float16; the
 ops take float64 as well. Every op raises RuntimeError, naming the op, the argument, what was expected
 and what came, before it writes anything. None synchronises with the host. None is differentiable:
 results never require a gradient, whatever the inputs do.
+
+All tensors of a call lie on one device, on whose current stream the op runs. Only what tells a kernel
+what to do (`spans`, `slots`, `scale`, `owners`, `streams`, `scalings`) may lie on the CPU instead: there
+every value is checked, and then copied to the device, without a wait from pinned memory (which must stay
+as it is until the op has run). Where these lie on a GPU the host never reads them: impossible rows of a
+table are skipped, and counted as -1 in `nonfinite` where the op returns it, owners outside of the
+clients are nobody, and that two slots do not fill the same memory and no scaling is zero is the
+caller's to see to. A CUDA graph captures every op whose arguments all lie on the GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +34,11 @@ from fastagg.dtypes import DTYPE_CODES as DTYPE_CODES
 _library.require(_library.OPS)
 
 _ops = torch.ops.fastagg
+
+Route = Literal["auto", "kernel", "library"]
+"""How a GPU makes a product: as was measured to be faster, by FastAgg's kernel, or by cuBLAS."""
+
+_ROUTES: dict[Route, int] = {"auto": 0, "kernel": 1, "library": 2}
 
 
 def scan(flat: Tensor, spans: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,20 +84,40 @@ def stack_(
     On a CPU a fresh slab costs more in page faults than the stacking: a loop over chunks reuses its own.
     """
     if not flats:
-        flats = [slots.new_empty(0)]
+        flats = [A.new_empty(0)]
     return _ops.stack_(A, Bt, flats, slots, scale)  # type: ignore[no-any-return]
 
 
 def reconstruct(
-    A: Tensor, Bt: Tensor, coefficients: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+    A: Tensor,
+    Bt: Tensor,
+    coefficients: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    route: Route = "auto",
 ) -> Tensor:
-    """dW (L, m, n) = sum_r c_r Bt_r^T A_r, summed in fp32 and rounded once. O(L m n R)."""
-    return _ops.reconstruct(A, Bt, coefficients, dtype)  # type: ignore[no-any-return]
+    """dW (L, m, n) = sum_r c_r Bt_r^T A_r, summed in fp32 and rounded once. O(L m n R).
+
+    route: "library" takes no coefficients, and one dtype for factors and result; it follows the flags of
+    ``torch.backends.cuda.matmul``, which may round more. A CPU has one way, for every route.
+    """
+    code = _ROUTES[route]
+    return _ops.reconstruct(A, Bt, coefficients, dtype, code)  # type: ignore[no-any-return]
 
 
-def reconstruct_(base: Tensor, A: Tensor, Bt: Tensor, coefficients: Tensor | None = None) -> None:
-    """base (L, m, n) += sum_r c_r Bt_r^T A_r in place, in fp32, rounded once; no dW is ever held."""
-    _ops.reconstruct_(base, A, Bt, coefficients)
+def reconstruct_(
+    base: Tensor,
+    A: Tensor,
+    Bt: Tensor,
+    coefficients: Tensor | None = None,
+    *,
+    route: Route = "auto",
+) -> None:
+    """base (L, m, n) += sum_r c_r Bt_r^T A_r in place, in fp32, rounded once; no dW is ever held.
+
+    route: as :func:`reconstruct` has it.
+    """
+    _ops.reconstruct_(base, A, Bt, coefficients, _ROUTES[route])
 
 
 def gram(A: Tensor, Bt: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,7 +209,7 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @_fake("scan")
 def _(flat: Tensor, spans: Tensor) -> tuple[Tensor, Tensor]:
     count = spans.shape[0]
-    return spans.new_empty(count), spans.new_empty(count, dtype=torch.float64)
+    return flat.new_empty(count, dtype=torch.int64), flat.new_empty(count, dtype=torch.float64)
 
 
 @_fake("stack")
@@ -190,11 +223,12 @@ def _(
     n: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = flats[0] if flats else slots
     return (
-        slots.new_empty((modules, rows, n), dtype=dtype),
-        slots.new_empty((modules, rows, m), dtype=dtype),
-        slots.new_empty((slots.shape[0], 2)),
-        slots.new_empty((2, modules, rows), dtype=torch.float64),
+        like.new_empty((modules, rows, n), dtype=dtype),
+        like.new_empty((modules, rows, m), dtype=dtype),
+        like.new_empty((slots.shape[0], 2), dtype=torch.int64),
+        like.new_empty((2, modules, rows), dtype=torch.float64),
     )
 
 
@@ -203,16 +237,21 @@ def _(
     A: Tensor, Bt: Tensor, flats: list[Tensor], slots: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     shape = (2, A.shape[0], A.shape[1])
-    return slots.new_empty((slots.shape[0], 2)), slots.new_empty(shape, dtype=torch.float64)
+    nonfinite = A.new_empty((slots.shape[0], 2), dtype=torch.int64)
+    return nonfinite, A.new_empty(shape, dtype=torch.float64)
 
 
 @_fake("reconstruct")
-def _(A: Tensor, Bt: Tensor, coefficients: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _(
+    A: Tensor, Bt: Tensor, coefficients: Tensor | None, dtype: torch.dtype, route: int = 0
+) -> Tensor:
     return A.new_empty((A.shape[0], Bt.shape[2], A.shape[2]), dtype=dtype)
 
 
 @_fake("reconstruct_")
-def _(base: Tensor, A: Tensor, Bt: Tensor, coefficients: Tensor | None) -> None:
+def _(
+    base: Tensor, A: Tensor, Bt: Tensor, coefficients: Tensor | None, route: int = 0
+) -> None:
     return None
 
 
@@ -308,9 +347,7 @@ def _bumps_versions(op: Any, mutated: int) -> Callable[..., Any]:
     return kernel
 
 
-# An op without an Autograd kernel would give results that pretend to have a gradient.
-_not_differentiable: Any = torch.library.Library("fastagg", "IMPL", "Autograd")  # type: ignore[no-untyped-call]
-for _name in (
+_NAMES = (
     "scan",
     "stack",
     "stack_",
@@ -323,8 +360,30 @@ for _name in (
     "randomized_svd_dense",
     "redistribute",
     "redistribute_",
-):
+)
+
+# An op without an Autograd kernel would give results that pretend to have a gradient.
+_not_differentiable: Any = torch.library.Library("fastagg", "IMPL", "Autograd")  # type: ignore[no-untyped-call]
+for _name in _NAMES:
     _not_differentiable.impl(_name, torch.library.fallthrough_kernel)
+
+
+def _refuses(op: str) -> Callable[..., Any]:
+    """What an op does with CUDA tensors where its kernel is not loaded: say why it is not."""
+
+    def kernel(*args: Any) -> Any:
+        raise NotImplementedError(
+            f"fastagg::{op}: expected CPU tensors, got CUDA tensors, and the CUDA kernels cannot be "
+            f"used: {_library.CUDA.error}"
+        )
+
+    return kernel
+
+
+if not _library.CUDA.loaded:
+    _no_cuda: Any = torch.library.Library("fastagg", "IMPL", "CUDA")  # type: ignore[no-untyped-call]
+    for _name in _NAMES:
+        _no_cuda.impl(_name, _refuses(_name))
 
 _versions: Any = torch.library.Library("fastagg", "IMPL", "ADInplaceOrView")  # type: ignore[no-untyped-call]
 _versions.impl("stack_", _bumps_versions(_ops.stack_.default, 2))

@@ -81,7 +81,8 @@ class Report:
             write. Stages that did not run are 0.
         bytes_read: of all adapters;  bytes_written: of all files of the hand-outs.
         peak_memory: bytes, the largest seen between the stages; ``peak_memory_of`` says of what:
-            RssAnon (mapped files are not in it) or, where the system does not tell, ru_maxrss.
+            RssAnon (mapped files are not in it) or, where the system does not tell, ru_maxrss; on a GPU
+            memory_allocated, which is torch's there.
         whole_tensors: keys of the tensors that were averaged plainly.
         base_effect: what the hand-out does to the base weights.
         skipped: clients that were left out because their updates are invalid.

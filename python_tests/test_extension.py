@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -13,11 +14,23 @@ from typing import Any
 
 import pytest
 import torch
+from op_samples import samples
 
 import fastagg
 from fastagg import _library, ops
+from fastagg.errors import InvalidInput
+from fastagg.rounds.options import parse_device
 
-LIBRARY = Path(fastagg.__file__).parent / "_C.so"
+PACKAGE = Path(fastagg.__file__).parent
+LIBRARIES = [
+    pytest.param(
+        PACKAGE / f"{name}.so",
+        id=name,
+        marks=pytest.mark.skipif(not (PACKAGE / f"{name}.so").exists(), reason="was left out"),
+    )
+    for name in ("_C", "_cuda")
+]
+needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
 
 # The interface that plans, engines and compiled CUDA kernels are written against: a change here is a
 # change for all of them.
@@ -31,8 +44,12 @@ SCHEMAS = {
         "(Tensor(a!) A, Tensor(b!) Bt, Tensor[] flats, Tensor slots, Tensor? scale) "
         "-> (Tensor nonfinite, Tensor sum_of_squares)"
     ),
-    "reconstruct": "(Tensor A, Tensor Bt, Tensor? coefficients, ScalarType dtype) -> Tensor",
-    "reconstruct_": "(Tensor(a!) base, Tensor A, Tensor Bt, Tensor? coefficients) -> ()",
+    "reconstruct": (
+        "(Tensor A, Tensor Bt, Tensor? coefficients, ScalarType dtype, int route=0) -> Tensor"
+    ),
+    "reconstruct_": (
+        "(Tensor(a!) base, Tensor A, Tensor Bt, Tensor? coefficients, int route=0) -> ()"
+    ),
     "gram": "(Tensor A, Tensor Bt) -> (Tensor, Tensor)",
     "update_gram": (
         "(Tensor A, Tensor Bt, Tensor? coefficients, Tensor owners, int clients) -> Tensor"
@@ -59,12 +76,12 @@ SCHEMAS = {
 }
 
 
-def audit() -> dict[str, Any]:
+def audit(library: Path) -> dict[str, Any]:
     """torch-abi-audit's findings, by the command beside this Python, or by its module."""
     beside = Path(sys.executable).with_name("torch-abi-audit")
     command = [str(beside)] if beside.exists() else [sys.executable, "-m", "torch_abi_audit"]
     done = subprocess.run(
-        [*command, "--json", "--check", "torch", str(LIBRARY)],
+        [*command, "--json", "--check", "torch", str(library)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -73,22 +90,24 @@ def audit() -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def test_the_library_is_on_the_stable_abi_of_torch_2_11() -> None:
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_library_is_on_the_stable_abi_of_torch_2_11(library: Path) -> None:
     pytest.importorskip("torch_abi_audit")
-    (library,) = audit()["bundled_libs"]
-    found = library["torch"]
-    assert Path(library["path"]) == LIBRARY
+    (audited,) = audit(library)["bundled_libs"]
+    found = audited["torch"]
+    assert Path(audited["path"]) == library
     assert found["uses_torch"]
     assert found["stable"]
     assert found["unstable_symbols"] == found["unknown_shim_symbols"] == []
     assert found["min_torch_version"] == "2.11.0"
 
 
-@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
-def test_the_library_links_no_unstable_symbol() -> None:
+@needs_nm
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_library_links_no_unstable_symbol(library: Path) -> None:
     """Everything of torch that it takes is a C function of the stable shim: no C++ name of it."""
     done = subprocess.run(
-        ["nm", "-D", "--undefined-only", str(LIBRARY)], capture_output=True, text=True, check=True
+        ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
     )
     wanted = [line.split()[-1].split("@")[0] for line in done.stdout.splitlines()]
     assert any(name.startswith("aoti_torch_") for name in wanted)
@@ -99,16 +118,19 @@ def test_the_library_links_no_unstable_symbol() -> None:
     assert all(name.startswith(("aoti_torch_", "torch_")) for name in shims)
 
 
-@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
-def test_the_library_exports_next_to_nothing() -> None:
-    """Hidden by default: two libraries in one process must not take each other's kernels."""
+@needs_nm
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_library_exports_next_to_nothing(library: Path) -> None:
+    """Hidden by default: two libraries in one process must not take each other's kernels, nor torch the
+    CUDA runtime that is linked into ours."""
     done = subprocess.run(
-        ["nm", "-D", "--defined-only", "-C", str(LIBRARY)],
+        ["nm", "-D", "--defined-only", "-C", str(library)],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert [line for line in done.stdout.splitlines() if "fastagg::" in line] == []
+    names = [line.split(maxsplit=2)[-1] for line in done.stdout.splitlines()]
+    assert [name for name in names if "fastagg::" in name or name.startswith(("cu", "__cuda"))] == []
 
 
 def test_exactly_these_ops_with_exactly_these_schemas() -> None:
@@ -177,4 +199,89 @@ def test_a_library_that_is_missing_says_what_to_do() -> None:
     with pytest.raises(ImportError, match=r"_C \(/nowhere/_C.so\).*does not exist.*torch >= 2.11"):
         _library.require(missing)
     assert _library.OPS.loaded
-    assert Path(_library.OPS.path) == LIBRARY
+    assert Path(_library.OPS.path) == PACKAGE / "_C.so"
+
+
+@pytest.mark.parametrize(
+    ("has", "why"),
+    [
+        ({"built": "left out of the build: nvcc was not found"}, "left out of the build: nvcc"),
+        ({"cuda": None}, "is built without CUDA"),
+        ({"file": None}, "the file does not exist"),
+        ({"file": b"not a library"}, r"_cuda\.so: (file too short|invalid ELF header)"),
+    ],
+    ids=["left out", "CPU torch", "no file", "garbage"],
+)
+def test_it_knows_why_the_cuda_kernels_are_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: dict[str, Any], why: str
+) -> None:
+    build = {"cuda": has.get("built", "built"), "cuda_architectures": "8.0"}
+    monkeypatch.setattr(_library, "_build_info", lambda: build)
+    monkeypatch.setattr(torch.version, "cuda", has.get("cuda", "13.0"))
+    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
+    if has.get("file") is not None:
+        (tmp_path / "_cuda.so").write_bytes(has["file"])
+    found = _library._load_cuda()
+    assert not found.loaded
+    assert found.error is not None and re.search(why, found.error)
+    monkeypatch.setattr(_library, "CUDA", found)
+    assert _library.cuda_obstacle() == found.error
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Capabilities of the GPUs that torch sees, none at first; the kernels are loaded."""
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(_library, "CUDA", _library.Library("_cuda", "_cuda.so", True))
+    monkeypatch.setattr(_library, "_build_info", lambda: {"cuda_architectures": "8.0;8.6;9.0a;12.0+PTX"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(seen))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(seen))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: seen[index or 0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [
+        *[((7, 5), False), ((8, 0), True), ((8, 6), True), ((8, 9), True), ((9, 0), True)],
+        *[((9, 1), False), ((10, 0), False), ((12, 0), True), ((12, 1), True), ((13, 0), True)],
+    ],
+)
+def test_which_gpus_the_kernels_run_on(
+    gpus: list[tuple[int, int]], capability: tuple[int, int], runs: bool
+) -> None:
+    gpus.append(capability)
+    obstacle = _library.cuda_obstacle()
+    assert (obstacle is None) == runs
+    if obstacle is not None:
+        major, minor = capability
+        assert f"none of these runs on a GPU ({major}.{minor})" in obstacle
+
+
+def test_devices_as_users_give_them(gpus: list[tuple[int, int]]) -> None:
+    assert parse_device("auto") == parse_device("cpu") == torch.device("cpu")
+    with pytest.raises(InvalidInput, match="torch finds no GPU"):
+        parse_device("cuda")
+    gpus += [(9, 0), (7, 5)]
+    assert parse_device("auto") == parse_device("cuda") == torch.device("cuda", 0)
+    assert parse_device("cuda:0") == torch.device("cuda", 0)
+    with pytest.raises(InvalidInput, match=r"compiled for 8\.0, .* none of these runs on .*7\.5"):
+        parse_device("cuda:1")
+    with pytest.raises(InvalidInput, match="there is no GPU 2: torch finds 2"):
+        parse_device("cuda:2")
+    for wrong in ("gpu", "cuda:", "cuda:-1", "cpu:0", "cuda:1 "):
+        with pytest.raises(InvalidInput, match="no such option"):
+            parse_device(wrong)
+
+
+@pytest.mark.skipif(_library.CUDA.loaded, reason="the CUDA kernels are loaded")
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_an_op_without_its_cuda_kernel_says_why(name: str, rng: torch.Generator) -> None:
+    """Sent to where the dispatcher sends CUDA tensors, which not every torch can have."""
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    op = getattr(torch.ops.fastagg, name).default
+    why = re.escape(f"fastagg::{name}: expected CPU tensors, got CUDA tensors") + ".*"
+    with pytest.raises(NotImplementedError, match=why + re.escape(str(_library.CUDA.error))):
+        op.redispatch(cuda, *samples(rng)[name][0])

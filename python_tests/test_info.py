@@ -50,7 +50,8 @@ def report() -> dict[str, Any]:
 
 def test_versions_are_those_in_use(report: dict[str, Any]) -> None:
     assert report["python"]["version"] == ".".join(map(str, sys.version_info[:3]))
-    assert report["packages"]["torch"] == torch.__version__
+    # Distributions name the local part of a version in their own way: 2.11.0 for 2.11.0+cu130.
+    assert torch.__version__.startswith(report["packages"]["torch"])
     assert report["torch"]["threads"] == torch.get_num_threads()
     assert report["torch"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert report["cpu"]["cores"] == os.cpu_count()
@@ -65,6 +66,7 @@ def test_every_op_has_its_kernels(report: dict[str, Any]) -> None:
         assert set(kernels) == set(BACKENDS)
         assert kernels["CPU"], op
         assert kernels["Meta"], op
+        assert kernels["CUDA"] == report["libraries"]["_cuda"]["loaded"], op
     assert report["ops"]["reconstruct_"]["ADInplaceOrView"]
     assert not report["ops"]["gram"]["ADInplaceOrView"]
 
@@ -75,8 +77,24 @@ def test_libraries_tell_what_they_were_built_with(report: dict[str, Any]) -> Non
         assert library["loaded"]
         assert Path(library["path"]).exists()
         assert library["error"] is None
-    assert not report["libraries"]["_cuda"]["loaded"] or torch.cuda.is_available()
-    assert {"compiler", "torch"} <= set(report["libraries"]["build"])
+    build = report["libraries"]["build"]
+    assert {"compiler", "torch", "cuda", "cuda_architectures", "nvcc"} <= set(build)
+    assert (build["cuda"] == "built") == bool(build["cuda_architectures"]) == bool(build["nvcc"])
+
+
+def test_it_tells_whether_the_cuda_kernels_can_be_used_and_why_not(report: dict[str, Any]) -> None:
+    library = report["libraries"]["_cuda"]
+    assert library["loaded"] == (library["error"] is None)
+    assert not library["loaded"] or torch.version.cuda is not None
+    assert report["cuda"]["usable"] == (report["cuda"]["why_not"] is None)
+    assert not report["cuda"]["usable"] or torch.cuda.is_available()
+    if not library["loaded"]:
+        assert report["cuda"]["why_not"] == library["error"]
+        assert library["error"] in rendered(report)
+    gpu = {"name": "a GPU", "capability": "7.5", "memory": 2**34, "multiprocessors": 40}
+    for obstacle in (None, "none of these runs on a GPU"):
+        shown = rendered({**report, "gpus": [{**gpu, "obstacle": obstacle}]})
+        assert (obstacle or "the CUDA kernels run on it") in shown
 
 
 @pytest.mark.parametrize("damage", ["absent", "garbage"])
@@ -92,7 +110,7 @@ def test_it_tells_why_a_library_does_not_load(tmp_path: Path, damage: str) -> No
     assert library["error"]
     assert str(tmp_path) in library["path"]
     assert found["ops"] == {}
-    assert found["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["packages"]["torch"])
     assert library["path"] in rendered(found)
 
 
@@ -102,7 +120,7 @@ def test_it_works_without_torch(tmp_path: Path) -> None:
     done = report_of(tmp_path, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    for part in ("torch", "gpus", "libraries", "ops"):
+    for part in ("torch", "gpus", "cuda", "libraries", "ops"):
         assert "libtorch_cpu.so" in found[part]["error"], part
     assert "libtorch_cpu.so" in rendered(found)
     table = report_of(tmp_path)

@@ -67,6 +67,16 @@ def test_two_hundred_clients(name: str, route: str, rng: torch.Generator, seed: 
         assert info.route == fastest_route(120, 90, case.A.shape[0], 24)
 
 
+def test_the_route_on_a_gpu_depends_on_the_rows_alone() -> None:
+    gpu = torch.device("cuda")
+    for m, n, columns in ((4096, 4096, 128), (64, 20_000, 16), (8, 8, 4)):
+        assert fastest_route(m, n, 1024, columns, device=gpu) == "gram"
+        assert fastest_route(m, n, 1025, columns, device=gpu) == "randomized"
+        assert fastest_route(m, n, 160, columns, device=torch.device("cpu")) == fastest_route(
+            m, n, 160, columns
+        )
+
+
 def halko(W: Tensor, columns: int, rank: int, iterations: int, rng: torch.Generator) -> Tensor:
     """Halko, Martinsson and Tropp's algorithm 4.4 in float64: the error of its rank-r result."""
     omega = torch.randn(W.shape[1], columns, generator=rng, dtype=torch.float64)

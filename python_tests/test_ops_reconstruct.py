@@ -155,6 +155,22 @@ def test_a_module_has_the_same_bits_alone_and_in_a_bucket(rng: torch.Generator) 
             assert torch.equal(ops.reconstruct(A[one], Bt[one], c[one]), together[one])
 
 
+@pytest.mark.parametrize("route", ["kernel", "library"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 21, 30, 19), (1, 0, 5, 7), (0, 3, 5, 7), (3, 4, 0, 9)])
+def test_every_route_is_the_equation(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, route: str, rng: torch.Generator
+) -> None:
+    A, Bt = random_stack(rng, *shape, dtype)
+    expected = product(A, Bt)
+    found = ops.reconstruct(A, Bt, dtype=dtype, route=route)
+    check(found, expected, tolerance(A, Bt, None, dtype, expected))
+    base = normal(rng, *expected.shape, dtype=dtype)
+    total = base.double() + expected
+    ops.reconstruct_(base, A, Bt, route=route)
+    check(base, total, tolerance(A, Bt, None, dtype, total) + 2.0**-23 * total.abs())
+
+
 A, BT = (2, 5, 7), (2, 5, 9)
 
 
@@ -190,3 +206,35 @@ def test_argument_errors(arguments: dict[str, Any], words: list[str]) -> None:
                 given["A"], given["Bt"], given["c"], dtype=given.get("dtype", torch.float32)
             )
         assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"c": torch.ones(2, 5)}, ["'route'", "no coefficients", "got coefficients"]),
+        ({"A": torch.ones(2, 5, 7).half()}, ["'route'", "one dtype", "Half, Float and Float"]),
+        ({"Bt": torch.ones(2, 5, 9).bfloat16()}, ["'route'", "Float, BFloat16 and Float"]),
+    ],
+)
+def test_what_the_library_cannot_is_refused(
+    arguments: dict[str, Tensor], words: list[str]
+) -> None:
+    call = {"A": torch.ones(2, 5, 7), "Bt": torch.ones(2, 5, 9), "c": None, **arguments}
+    base = torch.zeros(2, 9, 7)
+    for attempt in (
+        lambda: ops.reconstruct(call["A"], call["Bt"], call["c"], route="library"),
+        lambda: ops.reconstruct_(base, call["A"], call["Bt"], call["c"], route="library"),
+    ):
+        with pytest.raises(RuntimeError, match=r"fastagg::reconstruct_?: argument") as caught:
+            attempt()
+        assert all(word in str(caught.value) for word in words)
+    assert not base.any()
+
+
+def test_a_route_that_there_is_not() -> None:
+    with pytest.raises(RuntimeError, match=r"'route': expected 0 .*, 1 .* or 2 .*, got 3"):
+        torch.ops.fastagg.reconstruct(torch.ones(A), torch.ones(BT), None, torch.float32, 3)
+    with pytest.raises(RuntimeError, match=r"fastagg::reconstruct_: argument 'route'.*got -1"):
+        torch.ops.fastagg.reconstruct_(
+            torch.ones(2, 9, 7), torch.ones(A), torch.ones(BT), None, -1
+        )

@@ -100,6 +100,10 @@ def rademacher(seed: int, stream: int, size: int, columns: int) -> Tensor:
     return signs.view(size, columns)
 
 
+SKETCH_ERROR = 1e-5
+"""Of the span of dW Omega, where no power iteration makes up for rounding."""
+
+
 @pytest.mark.parametrize(("seed", "stream"), [(0, 0), (1, 0), (-5, 3), (2**62 + 11, 2**40), (9, -1)])
 def test_the_test_matrix_is_philox_by_seed_stream_and_element(
     seed: int, stream: int, rng: torch.Generator
@@ -115,7 +119,7 @@ def test_the_test_matrix_is_philox_by_seed_stream_and_element(
     ):
         Y = W[0] @ rademacher(seed, stream, 170, 20)
         U = U[0].double()
-        assert float((Y - U @ (U.mT @ Y)).norm() / Y.norm()) < 1e-5
+        assert float((Y - U @ (U.mT @ Y)).norm() / Y.norm()) < SKETCH_ERROR
         other = W[0] @ rademacher(seed, stream + 1, 170, 20)
         assert float((other - U @ (U.mT @ other)).norm() / other.norm()) > 0.1
 
@@ -140,7 +144,8 @@ def test_empty_sizes(
     assert (U.shape, S.shape) == ((modules, m, rank), (modules, rank))
     assert (Vt.shape, stats.shape) == ((modules, rank, n), (modules, 3))
     assert not (U.any() or S.any() or Vt.any())
-    torch.testing.assert_close(stats[:, 0], product(A, Bt).square().sum((1, 2)))
+    expected = product(A, Bt).square().sum((1, 2))
+    torch.testing.assert_close(stats[:, 0], expected, rtol=1e-6, atol=0)
 
 
 def test_more_columns_asked_for_than_an_integer_holds(rng: torch.Generator) -> None:

@@ -41,7 +41,9 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t 
   simt::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
 }
 
-inline void zero(void* data, int64_t bytes, Stream) { memset(data, 0, static_cast<size_t>(bytes)); }
+inline void zero(void* data, int64_t bytes, Stream) {
+  if (bytes > 0) memset(data, 0, static_cast<size_t>(bytes));
+}
 
 inline Limits limits() { return {simt::multiprocessors(), simt::shared_limit(), 90}; }
 
@@ -100,6 +102,6 @@ inline Limits limits() {
 
 #endif
 
-inline int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+FASTAGG_HD int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
 }  // namespace fastagg::cuda

@@ -16,7 +16,9 @@ struct Operand {
   DType dtype;
   int64_t module_stride, row_stride, col_stride;
 
-  Operand transposed() const { return {data, dtype, module_stride, col_stride, row_stride}; }
+  FASTAGG_MEMBER Operand transposed() const {
+    return {data, dtype, module_stride, col_stride, row_stride};
+  }
 };
 
 struct Result {

@@ -30,8 +30,9 @@ void coordinates(const Cholesky& cholesky, const double* d, const double* w, int
                  double* x, Stream stream);
 
 // C = U diag(s) V^T for every module, C (modules, size, size), by one-sided Jacobi: s (modules, size)
-// decreases; the columns of u and v (modules, size, size) are the vectors, orthonormal to rounding
-// times s[0] / s[j], and zero where s is.
+// decreases, and the columns of u and v (modules, size, size) are the vectors. u is orthonormal to
+// 1e-10 at worst and v to rounding times s[0] / s[j] besides; where s is at most its own rounding,
+// size * eps * s[0], the vectors are zero.
 void core_svd(const double* c, int64_t modules, int64_t size, double* u, double* s, double* v,
               Workspace& workspace, Stream stream);
 

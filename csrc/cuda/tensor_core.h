@@ -31,6 +31,26 @@ __device__ __forceinline__ void mma_f64(double (&d)[2], double a, double b) {
                : "d"(a), "d"(b));
 }
 
+// d (16 x 8, fp64) += a (16 x 16) b (16 x 8) in fragments of mma_f64: a[step][half] is that of rows
+// 8 half and columns 4 step, b[step] that of rows 4 step, d[half] that of rows 8 half.
+__device__ __forceinline__ void mma_f64_deep(double (&d)[2][2], const double (&a)[4][2],
+                                             const double (&b)[4]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f64.f64.f64.f64 {%0,%1,%2,%3}, "
+      "{%4,%5,%6,%7,%8,%9,%10,%11}, "
+      "{%12,%13,%14,%15}, {%0,%1,%2,%3};\n"
+      : "+d"(d[0][0]), "+d"(d[0][1]), "+d"(d[1][0]), "+d"(d[1][1])
+      : "d"(a[0][0]), "d"(a[0][1]), "d"(a[1][0]), "d"(a[1][1]), "d"(a[2][0]), "d"(a[2][1]),
+        "d"(a[3][0]), "d"(a[3][1]), "d"(b[0]), "d"(b[1]), "d"(b[2]), "d"(b[3]));
+#else
+#pragma unroll
+  for (int step = 0; step < 4; ++step)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) mma_f64(d[half], a[step][half], b[step]);
+#endif
+}
+
 // Four 8 x 8 matrices of 16-bit values: lane i gives the address of row i % 8 of matrix i / 8 (16
 // bytes, aligned), and gets of each matrix row lane / 4, columns 2 (lane % 4) and the next.
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {

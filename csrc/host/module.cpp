@@ -20,7 +20,9 @@ pybind11::dict build_info() {
   info["version"] = FASTAGG_VERSION;
   info["torch"] = FASTAGG_TORCH_VERSION;
   info["torch_target"] = "2.11";
-  info["cuda"] = FASTAGG_CUDA_BUILD;
+  info["cuda"] = FASTAGG_CUDA;  // "built", or why not
+  info["cuda_architectures"] = FASTAGG_CUDA_ARCHITECTURES;
+  info["nvcc"] = FASTAGG_NVCC_VERSION;
   return info;
 }
 

@@ -7,7 +7,8 @@ from typing import Generic, TypeVar
 
 import torch
 
-from fastagg.accumulators.source import Chunk, stack_part
+from fastagg.accumulators.source import Chunk, launch_stack, refuse_nonfinite
+from fastagg.errors import InvalidInput
 from fastagg.peft_format.layout import promoted
 from fastagg.planning.plan import Bucket, ModuleIndex
 from fastagg.planning.roster import Float64Array, Member
@@ -29,6 +30,7 @@ class Blocks(Generic[T]):
         self.buckets: list[Bucket] = []
         self.sums: list[T] = []
         self.index = ModuleIndex([])
+        self._nonfinite: torch.Tensor | None = None
         self._allocate = allocate
         self._limit = limit
 
@@ -53,15 +55,40 @@ class Blocks(Generic[T]):
     ) -> Iterator[tuple[int, int, int, Chunk]]:
         """The stacks of some clients as (block, lo, hi, chunk), over the modules that they have.
 
+        To look for NaN at once would be to wait for a GPU once a chunk, and to end its overlap with the
+        next client's copy: there the counts are added up, for :meth:`check_finite` to look at.
+
         Args:
             dtype: of the slabs; None: the factors' own where they have one in common.
 
         Raises:
-            InvalidInput: NaN or infinity.
+            InvalidInput: NaN or infinity, on a CPU.
         """
         clients = [member.client for member in members]
         layouts = [member.layout for member in members]
         own = dtype or promoted(layout.dtype for layout in layouts)
         for block, plan in enumerate(self.index.plan(layouts, scales)):
             for lo, hi in plan.runs(self._limit, own.itemsize):
-                yield block, lo, hi, stack_part(plan, lo, hi, flats, own, clients)
+                chunk, nonfinite = launch_stack(plan, lo, hi, flats, own)
+                if nonfinite.is_cpu:
+                    refuse_nonfinite(nonfinite, plan, lo, hi, clients)
+                else:
+                    found = nonfinite.sum()
+                    self._nonfinite = found if self._nonfinite is None else self._nonfinite + found
+                yield block, lo, hi, chunk
+
+    def check_finite(self) -> None:
+        """Waits for the device and refuses sums that NaN or infinity went into.
+
+        Each client was checked on the host when it was added, so this is rare.
+
+        Raises:
+            InvalidInput: there was such a client.
+        """
+        if self._nonfinite is not None and int(self._nonfinite):
+            raise InvalidInput(
+                "the factors of a client were not finite any more when they were added",
+                expected="finite values",
+                got=f"{int(self._nonfinite)} that are NaN or infinite",
+                cure="Leave the buffers of an update alone once it was made; start the round again",
+            )

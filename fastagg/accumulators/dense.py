@@ -14,8 +14,10 @@ import torch
 from fastagg import ops
 from fastagg.accumulators.blocks import Blocks
 from fastagg.accumulators.source import Chunk
+from fastagg.accumulators.staging import Staging
 from fastagg.accumulators.weights import WeightUnit, check_totals
 from fastagg.accumulators.whole import SummedWhole, WholeSums
+from fastagg.devices import uploaded
 from fastagg.errors import InvalidInput
 from fastagg.peft_format.layout import Layout
 from fastagg.planning.budget import CHUNK_BYTES
@@ -38,10 +40,11 @@ class DenseAccumulator:
         self, device: torch.device, missing: str, fold_limit: int = CHUNK_BYTES
     ) -> None:
         self.device = device
+        self.staging = Staging(device)
         self.blocks: Blocks[torch.Tensor] = Blocks(self._zeros, fold_limit)
         self.totals = WeightTotals(missing)
         self.unit = WeightUnit()
-        self.whole = WholeSums()
+        self.whole = WholeSums(device)
         self.divided = False
 
     @property
@@ -50,7 +53,17 @@ class DenseAccumulator:
         return sum(sums.nbytes for sums in self.blocks.sums) + self.whole.nbytes
 
     def add(self, members: Sequence[Member], flats: Sequence[torch.Tensor]) -> None:
-        """Adds the updates of some clients, stacked into one product per module."""
+        """Adds the updates of some clients, stacked into one product per module.
+
+        Buffers that are elsewhere come to the device one after the other, each to be added alone.
+        """
+        if all(flat.device == self.device for flat in flats):
+            self._fold(members, flats)
+            return
+        for member, flat in zip(members, flats, strict=True):
+            self._fold([member], [self.staging.bring(flat)])
+
+    def _fold(self, members: Sequence[Member], flats: Sequence[torch.Tensor]) -> None:
         for member in members:
             self.blocks.make_room(shapes_of(member.layout))
             self._rescale(self.unit.admit(float(member.slot_weights.max())))
@@ -59,8 +72,7 @@ class DenseAccumulator:
             * self.blocks.index.placed(member.layout).scalings
             for member in members
         ]
-        on_device = [flat.to(self.device) for flat in flats]
-        for block, lo, hi, chunk in self.blocks.stacks(members, on_device, scales):
+        for block, lo, hi, chunk in self.blocks.stacks(members, flats, scales):
             a, bt = chunk.factors
             ops.reconstruct_(self.blocks.sums[block][lo:hi], a, bt, chunk.coefficients)
         for member, flat in zip(members, flats, strict=True):
@@ -86,12 +98,13 @@ class DenseAccumulator:
             InvalidInput: weights that leave a module without an average; nothing is changed then.
         """
         check_totals(self.totals)
+        self.blocks.check_finite()
         whole = self.whole.finish()
         self.divided = True
         for bucket, sums in zip(self.blocks.buckets, self.blocks.sums, strict=True):
             shares = [1.0 / self.unit.of(self.totals.total[module]) for module in bucket.modules]
-            sums.mul_(torch.tensor(shares, dtype=sums.dtype, device=sums.device)[:, None, None])
-        return DenseSource(self.blocks, whole)
+            sums.mul_(uploaded(torch.tensor(shares, dtype=sums.dtype), sums.device)[:, None, None])
+        return DenseSource(self.blocks, whole, self.device)
 
     def _zeros(self, bucket: Bucket) -> torch.Tensor:
         shape = (len(bucket.modules), bucket.m, bucket.n)
@@ -108,9 +121,12 @@ class DenseSource:
 
     kind = "dense"
 
-    def __init__(self, blocks: Blocks[torch.Tensor], whole: SummedWhole) -> None:
+    def __init__(
+        self, blocks: Blocks[torch.Tensor], whole: SummedWhole, device: torch.device
+    ) -> None:
         self.index = blocks.index
         self.whole = whole
+        self.device = device
         self._sums = blocks.sums
 
     @property

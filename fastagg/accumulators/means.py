@@ -17,8 +17,10 @@ import torch
 from fastagg.accumulators.blocks import Blocks
 from fastagg.accumulators.dense import shapes_of
 from fastagg.accumulators.source import Chunk
+from fastagg.accumulators.staging import Staging
 from fastagg.accumulators.weights import check_totals
 from fastagg.accumulators.whole import SummedWhole, WholeSums
+from fastagg.devices import uploaded
 from fastagg.errors import InvalidInput
 from fastagg.planning.budget import CHUNK_BYTES
 from fastagg.planning.plan import Bucket, WeightTotals, padded
@@ -64,9 +66,10 @@ class MeanAccumulator:
         self, device: torch.device, missing: str, fold_limit: int = CHUNK_BYTES
     ) -> None:
         self.device = device
+        self.staging = Staging(device)
         self.blocks: Blocks[FactorSums] = Blocks(self._zeros, fold_limit)
         self.totals = WeightTotals(missing)
-        self.whole = WholeSums()
+        self.whole = WholeSums(device)
 
     @property
     def nbytes(self) -> int:
@@ -93,9 +96,7 @@ class MeanAccumulator:
     def add(self, members: Sequence[Member], flats: Sequence[torch.Tensor]) -> None:
         """Adds the factors of some clients, one client after the other."""
         for member, flat in zip(members, flats, strict=True):
-            self._add(member, flat.to(self.device))
-            self.totals.add(member)
-            self.whole.add(member, flat)
+            self._add(member, self.staging.bring(flat))
 
     def merge(self, other: MeanAccumulator) -> None:
         """Adds the sums of other clients; ``other`` stays as it is."""
@@ -118,7 +119,8 @@ class MeanAccumulator:
             InvalidInput: weights that leave a module without an average.
         """
         check_totals(self.totals)
-        return MeanSource(self.blocks, self.totals, self.whole.finish())
+        self.blocks.check_finite()
+        return MeanSource(self.blocks, self.totals, self.whole.finish(), self.device)
 
     def _add(self, member: Member, flat: torch.Tensor) -> None:
         self.blocks.make_room(shapes_of(member.layout))
@@ -133,13 +135,15 @@ class MeanAccumulator:
             sums.ranks[lo:hi] = np.maximum(sums.ranks[lo:hi], chunk.ranks).tolist()
             of_a = [weights[self.blocks.index.number[name]] for name in chunk.modules]
             assert chunk.coefficients is not None
-            of_b = chunk.coefficients[:, :1, None].to(self.device)
+            of_b = chunk.coefficients[:, :1, None]
             a, bt = chunk.factors
             sums.a[lo:hi, :rank].add_(a[:, :rank].double().mul_(self._column(of_a)))
             sums.bt[lo:hi, :rank].add_(bt[:, :rank].double().mul_(of_b))
+        self.totals.add(member)
+        self.whole.add(member, flat)
 
     def _column(self, values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self.device)[:, None, None]
+        return uploaded(torch.tensor(values, dtype=torch.float64), self.device)[:, None, None]
 
     def _zeros(self, bucket: Bucket) -> FactorSums:
         count = len(bucket.modules)
@@ -154,10 +158,15 @@ class MeanSource:
     kind = "means"
 
     def __init__(
-        self, blocks: Blocks[FactorSums], totals: WeightTotals, whole: SummedWhole
+        self,
+        blocks: Blocks[FactorSums],
+        totals: WeightTotals,
+        whole: SummedWhole,
+        device: torch.device,
     ) -> None:
         self.index = blocks.index
         self.whole = whole
+        self.device = device
         self._sums = blocks.sums
         self._totals = totals
 

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from fastagg import ops
+from fastagg.devices import pinned, uploaded
 from fastagg.errors import InvalidInput
 from fastagg.planning.plan import BucketPlan, ModuleIndex
 
-__all__ = ["Chunk", "Source", "WholeAverages", "stack_part"]
+__all__ = ["Chunk", "Source", "WholeAverages", "launch_stack", "refuse_nonfinite", "stack_part"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,30 +89,56 @@ def stack_part(
     Raises:
         InvalidInput: NaN or infinity.
     """
-    part, shape = plan.part(lo, hi), plan.bucket
+    chunk, nonfinite = launch_stack(plan, lo, hi, flats, dtype, scaled=scaled)
+    refuse_nonfinite(nonfinite, plan, lo, hi, clients)
+    return chunk
+
+
+def launch_stack(
+    plan: BucketPlan,
+    lo: int,
+    hi: int,
+    flats: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    *,
+    scaled: bool = False,
+) -> tuple[Chunk, torch.Tensor]:
+    """:func:`stack_part` that does not wait for the device, and the non-finite counts of each slot."""
+    part, shape, device = plan.part(lo, hi), plan.bucket, flats[0].device
     a, bt, nonfinite, _ = ops.stack(
         list(flats),
-        part.slots_tensor,
-        torch.from_numpy(part.scale) if scaled else None,
+        pinned(part.slots_tensor, device),
+        pinned(torch.from_numpy(part.scale), device) if scaled else None,
         modules=hi - lo,
         rows=part.rows,
         m=shape.m,
         n=shape.n,
         dtype=dtype,
     )
+    coefficients = None if scaled else uploaded(part.coefficients, device)
+    chunk = Chunk(shape.modules[lo:hi], shape.m, shape.n, part.ranks, a, bt, coefficients)
+    return chunk, nonfinite
+
+
+def refuse_nonfinite(
+    nonfinite: torch.Tensor, plan: BucketPlan, lo: int, hi: int, clients: Sequence[str]
+) -> None:
+    """Waits for the counts of :func:`launch_stack` and refuses what is not finite.
+
+    Raises:
+        InvalidInput: NaN or infinity.
+    """
     if bool(nonfinite.any()):
         # Every client was checked when it was added: its buffer was changed since, or the product
         # of its weight, scaling and factor left the range of float32.
-        slot = part.slots[int(torch.nonzero(nonfinite.sum(1))[0])]
+        slot = plan.part(lo, hi).slots[int(torch.nonzero(nonfinite.sum(1))[0])]
         raise InvalidInput(
             "the factors are not finite any more",
             client=clients[int(slot[3])],
-            module=shape.modules[lo + int(slot[0])],
+            module=plan.bucket.modules[lo + int(slot[0])],
             expected="finite values below 3.4e38, also when scaled",
             cure="Leave this client out, or scale its adapter down",
         )
-    coefficients = None if scaled else part.coefficients
-    return Chunk(shape.modules[lo:hi], shape.m, shape.n, part.ranks, a, bt, coefficients)
 
 
 class WholeAverages(Protocol):
@@ -122,7 +149,10 @@ class WholeAverages(Protocol):
         """Their keys, sorted."""
 
     def blocks(self, key: str) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """The average of one tensor, flattened, as (begin, end, values) some elements at a time."""
+        """The average of one tensor, flattened, as (begin, end, values) some elements at a time.
+
+        The values are on the host.
+        """
 
 
 class Source(Protocol):
@@ -131,6 +161,10 @@ class Source(Protocol):
     @property
     def kind(self) -> str:
         """ "stack", "dense" or "means"."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is held, and handed out from."""
 
     @property
     def index(self) -> ModuleIndex:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fastagg.accumulators.source import Chunk, stack_part
+from fastagg.accumulators.staging import Staging
 from fastagg.accumulators.weights import check_totals
 from fastagg.accumulators.whole import HeldWhole
 from fastagg.peft_format.layout import Slot, promoted
@@ -28,6 +29,7 @@ class StackAccumulator:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.staging = Staging(device)
         self.flats: dict[str, torch.Tensor] = {}
 
     @property
@@ -39,14 +41,16 @@ class StackAccumulator:
         """Copies the clients' buffers: all of them or none."""
         self.flats.update(
             {
-                member.client: flat.to(self.device, copy=True)
+                member.client: self._copied(flat)
                 for member, flat in zip(members, flats, strict=True)
             }
         )
 
     def merge(self, other: StackAccumulator) -> None:
         """Takes the clients of another stack in; their buffers, which never change, are shared."""
-        self.flats.update({name: flat.to(self.device) for name, flat in other.flats.items()})
+        self.flats.update(
+            {name: self.staging.bring(flat) for name, flat in other.flats.items()}
+        )
 
     def discard(self, members: Sequence[Member]) -> None:
         """Lets the buffers of clients go that were not admitted after all."""
@@ -65,7 +69,11 @@ class StackAccumulator:
             totals.add(member)
         check_totals(totals)
         slots = {module: slot for module, (slot, _) in roster.slots.items()}
-        return StackSource(members, self.flats, slots, totals)
+        return StackSource(members, self.flats, slots, totals, self.device)
+
+    def _copied(self, flat: torch.Tensor) -> torch.Tensor:
+        brought = self.staging.bring(flat)
+        return brought.clone() if brought is flat else brought
 
 
 class StackSource:
@@ -79,7 +87,9 @@ class StackSource:
         flats: dict[str, torch.Tensor],
         slots: dict[str, Slot],
         totals: WeightTotals,
+        device: torch.device,
     ) -> None:
+        self.device = device
         self.index = ModuleIndex.of({name: (slot.m, slot.n) for name, slot in slots.items()})
         self._members = members
         self._clients = [member.client for member in members]
@@ -89,7 +99,7 @@ class StackSource:
             [self._scales(member, totals) for member in members],
         )
         self._dtypes = [self._common_dtype(bucket.modules) for bucket in self.index.buckets]
-        self.whole = HeldWhole(members, flats)
+        self.whole = HeldWhole(members, flats, device)
 
     @property
     def nbytes(self) -> int:

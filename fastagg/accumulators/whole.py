@@ -31,9 +31,12 @@ def elements(flat: torch.Tensor, span: TensorSpan, begin: int, end: int) -> torc
 class HeldWhole:
     """Averages of tensors of which every client's own is held: in the order of the members' ids."""
 
-    def __init__(self, members: Sequence[Member], flats: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, members: Sequence[Member], flats: Mapping[str, torch.Tensor], device: torch.device
+    ) -> None:
         self._holders: dict[str, list[tuple[Member, TensorSpan]]] = {}
         self._flats = flats
+        self._device = device
         for member in members:
             for span in member.layout.whole:
                 self._holders.setdefault(span.key, []).append((member, span))
@@ -51,17 +54,22 @@ class HeldWhole:
         count = holders[0][1].count
         for begin in range(0, count, BLOCK):
             end = min(begin + BLOCK, count)
-            total = torch.zeros(end - begin, dtype=torch.float64)
+            total = torch.zeros(end - begin, dtype=torch.float64, device=self._device)
             for (member, span), share in zip(holders, shares, strict=True):
                 values = elements(self._flats[member.client], span, begin, end)
-                total.add_(values.cpu().double(), alpha=float(share))
-            yield begin, end, total
+                total.add_(values.double(), alpha=float(share))
+            yield begin, end, total.cpu()
 
 
 class WholeSums:
-    """Running weighted sums; float64 for small tensors, float32 for those that would cost memory."""
+    """Running weighted sums; float64 for small tensors, float32 for those that would cost memory.
 
-    def __init__(self) -> None:
+    Args:
+        device: where they are kept, and where the clients' buffers are when they are added.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.sums: dict[str, torch.Tensor] = {}
         self.totals: dict[str, float] = {}
         self.unit = WeightUnit()
@@ -82,12 +90,14 @@ class WholeSums:
         weight = self.unit.of(member.weight)
         for span in member.layout.whole:
             if span.key not in self.sums:
-                self.sums[span.key] = torch.zeros(span.count, dtype=_dtype_for(span.count))
+                self.sums[span.key] = torch.zeros(
+                    span.count, dtype=_dtype_for(span.count), device=self.device
+                )
                 self.totals[span.key] = 0.0
             sums = self.sums[span.key]
             for begin in range(0, span.count, BLOCK):
                 end = min(begin + BLOCK, span.count)
-                values = elements(flat, span, begin, end).cpu()
+                values = elements(flat, span, begin, end)
                 sums[begin:end].add_(values.to(sums.dtype), alpha=weight)
             self.totals[span.key] += member.weight
 
@@ -95,7 +105,8 @@ class WholeSums:
         """Adds the sums of other clients."""
         own, ratio = self.unit.join(other.unit)
         self._rescale(own)
-        for key, sums in other.sums.items():
+        for key, theirs in other.sums.items():
+            sums = theirs.to(self.device)
             if key in self.sums:
                 self.sums[key].add_(sums, alpha=ratio)
             else:
@@ -138,7 +149,7 @@ class SummedWhole:
         total = self._sums.unit.of(self._sums.totals[key])
         for begin in range(0, sums.numel(), BLOCK):
             end = min(begin + BLOCK, sums.numel())
-            yield begin, end, sums[begin:end].double() / total
+            yield begin, end, (sums[begin:end].double() / total).cpu()
 
 
 def _dtype_for(count: int) -> torch.dtype:

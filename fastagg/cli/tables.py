@@ -134,6 +134,7 @@ def info_tables(report: Mapping[str, Any]) -> list[Table]:
         facts("CPU", _readable(report["cpu"])),
         facts("torch", _readable(report["torch"])),
         facts("GPUs", _gpus(report["gpus"])),
+        facts("CUDA kernels", _readable(report["cuda"])),
     ]
     libraries = report["libraries"]
     if "error" in libraries:
@@ -166,7 +167,8 @@ def _gpus(gpus: Any) -> Mapping[str, object]:
         return gpus
     return {
         str(index): f"{gpu['name']}, compute capability {gpu['capability']}, "
-        f"{format_bytes(gpu['memory'])}, {gpu['multiprocessors']} multiprocessors"
+        f"{format_bytes(gpu['memory'])}, {gpu['multiprocessors']} multiprocessors; "
+        f"{gpu['obstacle'] or 'the CUDA kernels run on it'}"
         for index, gpu in enumerate(gpus)
     } or {"-": "none that torch can use"}
 

@@ -108,7 +108,7 @@ def _modules(roster: Roster, aggregator: Aggregator, accumulator: str) -> list[M
         ranks = ranks_of[module]
         rank = min(max(ranks), slot.m, slot.n)
         rows = 0 if accumulator == "dense" else padded(sum(ranks))
-        settings = Settings(aggregator.route, aggregator.seed)
+        settings = Settings(aggregator.route, aggregator.seed, aggregator.device)
         route = aggregator.method.handout.route(slot.m, slot.n, rows, rank, settings)
         found.append(ModulePreview(module, slot.weight_shape, len(ranks), sum(ranks), route))
     return found

@@ -7,7 +7,7 @@ the first r columns: A = Vt[:r], B = U[:, :r] diag(S[:r]) / s with the client's 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,22 +15,41 @@ import torch
 
 from fastagg import linalg, ops
 from fastagg.accumulators import Chunk
+from fastagg.devices import pinned
 from fastagg.errors import InvalidInput
 from fastagg.planning.plan import stream_of
 
-__all__ = ["ClientStack", "Factored", "FirstRows", "Handout", "Settings", "TruncatedSVD"]
+__all__ = ["ClientStack", "Factored", "Figures", "FirstRows", "Handout", "Settings", "TruncatedSVD"]
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What :class:`Factored` knows of its quality, on the host: a number for each module, or None.
+
+    Attributes:
+        kept: by rank.
+        largest: of all modules; inf where it is not known.
+    """
+
+    kept: dict[int, list[float]]
+    norm2: list[float] | None
+    certificate: list[float] | None
+    numerical_rank: list[float] | None
+    largest: float
 
 
 @dataclass(frozen=True, eq=False)
 class Factored:
-    """The factorisation of L modules and what is known of its quality.
+    """The factorisation of L modules and what is known of its quality, all on the device at work.
 
     Attributes:
         u, s, vt: (L, m, r), (L, r), (L, r, n) float32.
         route: how it was computed.
         kept: rank -> (L,) share of |dW|_F^2 that this many columns keep.
-        largest: from above, the magnitude of the entries of U diag(S) and of Vt; inf where it is not
-            known.
+        largest: (L,) from above, the magnitude of the entries of U diag(S) and of Vt; None where it
+            is not known.
         norm2: (L,) |dW|_F^2 of what was factored; None where it was not computed.
         certificate: (L,) upper bound of error^2 - optimal^2 at rank r; None for no decomposition.
         numerical_rank: (L,) the number of columns that carry weight.
@@ -41,18 +60,32 @@ class Factored:
     vt: torch.Tensor
     route: str
     kept: Callable[[int], torch.Tensor]
-    largest: float = math.inf
+    largest: torch.Tensor | None = None
     norm2: torch.Tensor | None = None
     certificate: torch.Tensor | None = None
     numerical_rank: torch.Tensor | None = None
 
+    def figures(self, ranks: Sequence[int]) -> Figures:
+        """The figures, with what these ranks keep: one copy from the device, which is waited for."""
+        known = [self.norm2, self.certificate, self.numerical_rank, self.largest]
+        columns = [*(self.kept(rank) for rank in ranks), *(each for each in known if each is not None)]
+        table = iter(torch.stack(columns).tolist() if columns else [])
+        kept = {rank: next(table) for rank in ranks}
+        norm2, certificate, numerical_rank, largest = (
+            None if each is None else next(table) for each in known
+        )
+        return Figures(
+            kept, norm2, certificate, numerical_rank, math.inf if largest is None else max(largest)
+        )
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose for the decomposition."""
+    """What the user chose for the decomposition, and the device that computes it."""
 
     route: str = "auto"
     seed: int = 0
+    device: torch.device = _CPU
 
 
 class Handout(Protocol):
@@ -102,7 +135,7 @@ class TruncatedSVD:
             return "dense"
         if settings.route != "auto":
             return settings.route
-        return linalg.fastest_route(m, n, rows, 2 * rank)
+        return linalg.fastest_route(m, n, rows, 2 * rank, device=settings.device)
 
     def work_bytes(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> int:
         """As measured: R x R problems, sketches of 2 r columns, float64 copies, dW."""
@@ -123,7 +156,8 @@ class TruncatedSVD:
     def factor(self, chunk: Chunk, width: int, settings: Settings) -> Factored:
         """One decomposition at the largest rank, which serves every smaller one."""
         rank = min(width, chunk.m, chunk.n)
-        streams = torch.tensor([stream_of(module) for module in chunk.modules])
+        numbers = torch.tensor([stream_of(module) for module in chunk.modules])
+        streams = pinned(numbers, settings.device)
         if chunk.dense is not None:
             found = linalg.svd_of_dense(chunk.dense, rank, seed=settings.seed, streams=streams)
         else:
@@ -142,7 +176,7 @@ class TruncatedSVD:
             found.route,
             lambda r: found.kept(min(r, rank)),
             # U and V are orthonormal.
-            max(1.0, float(found.S.amax())),
+            found.S.amax(1).clamp(min=1.0),
             found.norm2,
             found.certificate,
             found.numerical_rank,
@@ -235,7 +269,7 @@ class ClientStack:
         """U = [B_1 ..], S = 1, Vt = [p_1 s_1 A_1; ..]."""
         a, bt = chunk.factors
         ones = torch.ones(a.shape[:2], dtype=torch.float32, device=a.device)
-        exact = torch.ones(len(chunk.modules), dtype=torch.float64)
+        exact = torch.ones(len(chunk.modules), dtype=torch.float64, device=a.device)
         return Factored(
             bt.mT.contiguous(), ones, a, "stack", lambda rank: exact, certificate=0 * exact
         )

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
 from fastagg import ops
 from fastagg.accumulators import Source
+from fastagg.devices import pinned
 from fastagg.dtypes import dtype_name
 from fastagg.errors import InvalidInput
-from fastagg.handouts.choices import Factored, Handout, Settings
+from fastagg.handouts.choices import Factored, Figures, Handout, Settings
+from fastagg.handouts.delivery import Delivery
 from fastagg.handouts.parcel import Parcel, split_by_target
 from fastagg.handouts.sink import Sink
 from fastagg.handouts.target import Target
 from fastagg.peft_format.layout import TensorSpan
-from fastagg.planning.budget import PeakMemory, slab_bytes
+from fastagg.planning.budget import PeakMemory, slab_bytes, workers
 from fastagg.planning.plan import PlanPart
 from fastagg.planning.roster import ModuleSize
 from fastagg.report import ModuleReport, Stopwatch
@@ -50,19 +54,6 @@ def module_bytes(
 def width_of(handout: Handout, size: ModuleSize) -> int:
     """The largest rank at which a module is handed out, if clients get their own ranks."""
     return size.width if handout.ranked else size.rank_sum
-
-
-class _Scratch:
-    """A buffer for one call: kept from part to part, since the allocator would pile up holes."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def of(self, nbytes: int) -> torch.Tensor:
-        """So many bytes, whatever they hold."""
-        if nbytes > self._buffer.numel():
-            self._buffer = torch.empty(nbytes, dtype=torch.uint8)
-        return self._buffer[:nbytes]
 
 
 class HandoutWriter:
@@ -112,7 +103,7 @@ class HandoutWriter:
         Args:
             widths: the ranks of the buckets' decompositions, the usual ones by default.
         """
-        threads = torch.get_num_threads()
+        at_once = workers(self.source.device)
         for bucket, width in enumerate(self._widths if widths is None else widths):
             needs = self._module_bytes(bucket, width)
             routes = self._routes(bucket, width)
@@ -122,8 +113,8 @@ class HandoutWriter:
                 while hi < len(needs) and routes[hi] == routes[lo]:
                     largest = max(largest, needs[hi])
                     if hi > lo and (hi + 1 - lo) * largest > self.limit:
-                        # Every thread gets as many modules as the others.
-                        hi -= (hi - lo) % threads if hi - lo > threads else 0
+                        # Every worker gets as many modules as the others.
+                        hi -= (hi - lo) % at_once if hi - lo > at_once else 0
                         break
                     hi += 1
                 yield bucket, lo, hi
@@ -198,13 +189,17 @@ class HandoutWriter:
             [target.layout for target in targets], [layout.scalings for layout in placed]
         )
         widths = self._widths_for(targets)
-        done, scratch = 0, _Scratch()
+        done, delivery = 0, Delivery(self.source.device, sinks)
         for part in self.parts(widths):
             bucket, lo, hi = part
             wanted = plans[bucket].part(lo, hi)
             if len(wanted.slots):
-                factored = self._factored(part, widths[bucket], keep)
-                self._note(part, factored, wanted)
+                factored = self._factored(part, widths[bucket])
+                with self._watch.stage("redistribute"):
+                    delivery.settle()
+                figures = self._figures(part, factored, wanted)
+                if keep and widths[bucket] == self._widths[bucket]:
+                    self._held[part] = factored
                 shape = index.buckets[bucket]
                 room = slab_bytes(widths[bucket], shape.m, shape.n, 4) * (hi - lo)
                 with self._watch.stage("redistribute"):
@@ -212,14 +207,18 @@ class HandoutWriter:
                         wanted, shape, max(room, self._room(part, widths[bucket]))
                     ):
                         parcel = Parcel(some, shape)
-                        buffer = scratch.of(parcel.nbytes)
-                        self._redistribute(factored, parcel, buffer, targets, sinks)
+                        buffer = delivery.buffer(parcel.nbytes)
+                        self._redistribute(factored, parcel, buffer)
+                        if not figures.largest <= parcel.safe_below:
+                            self._check(buffer, parcel, targets)
+                        delivery.send(parcel)
             self._peak.sample()
             done += hi - lo
             if progress is not None:
                 progress(done, len(index), index.buckets[bucket].modules[hi - 1])
-        del scratch
         with self._watch.stage("redistribute"):
+            delivery.settle()
+            del delivery
             self._write_whole(targets, sinks)
 
     def _room(self, part: tuple[int, int, int], width: int) -> int:
@@ -229,29 +228,18 @@ class HandoutWriter:
         needs = max(self._module_bytes(bucket, width)[lo:hi])
         return self.limit - (hi - lo) * (needs - slab_bytes(width, shape.m, shape.n, 4))
 
-    def _redistribute(
-        self,
-        factored: Factored,
-        parcel: Parcel,
-        buffer: torch.Tensor,
-        targets: Sequence[Target],
-        sinks: Sequence[Sink],
-    ) -> None:
+    def _redistribute(self, factored: Factored, parcel: Parcel, buffer: torch.Tensor) -> None:
         ops.redistribute_(
             [buffer],
-            factored.u.cpu(),
-            factored.s.cpu(),
-            factored.vt.cpu(),
-            parcel.slots,
-            parcel.scalings,
+            factored.u,
+            factored.s,
+            factored.vt,
+            pinned(parcel.slots, buffer.device),
+            pinned(parcel.scalings, buffer.device),
         )
-        if not factored.largest <= parcel.safe_below:
-            self._check(buffer, parcel, targets)
-        for target, offset, begin, end in parcel.runs:
-            sinks[target].put(offset, buffer[begin:end])
 
     def _check(self, buffer: torch.Tensor, parcel: Parcel, targets: Sequence[Target]) -> None:
-        nonfinite, _ = ops.scan(buffer, parcel.spans)
+        nonfinite, _ = ops.scan(buffer, pinned(parcel.spans, buffer.device))
         if not bool(nonfinite.any()):
             return
         target, offset = parcel.whose(int(torch.nonzero(nonfinite)[0]))
@@ -259,61 +247,75 @@ class HandoutWriter:
         span = next(span for span in tensors if span.offset == offset and span.count)
         raise _overflow(targets[target], span, int(nonfinite.sum()))
 
-    def _factored(self, part: tuple[int, int, int], width: int, keep: bool) -> Factored:
-        bucket, lo, hi = part
+    def _factored(self, part: tuple[int, int, int], width: int) -> Factored:
+        """The factorisation of a part, held or new; a GPU is not waited for."""
+        bucket, lo, _ = part
         # A wider decomposition may differ in the last bits: it serves only the rank it is for.
-        usual = width == self._widths[bucket]
-        held = self._held.get(part) if usual else None
+        held = self._held.get(part) if width == self._widths[bucket] else None
         if held is not None:
             return held
+        with self._timed(part):
+            with self._watch.stage("stack"):
+                load = self.source.load if self.handout.ranked else self.source.stacked
+                chunk = load(*part)
+            with self._watch.stage("svd"):
+                settings = replace(self.settings, route=self._routes(bucket, width)[lo])
+                return self.handout.factor(chunk, width, settings)
+
+    def _figures(
+        self, part: tuple[int, int, int], factored: Factored, wanted: PlanPart
+    ) -> Figures:
+        """Waits for a factorisation, refuses what is not finite, and notes what is known of it."""
+        ranks = sorted(set(wanted.slots[:, 2].tolist()))
+        with self._timed(part), self._watch.stage("svd"):
+            figures = factored.figures(ranks)
+        self._check_finite(part, figures)
+        self._note(part, factored.route, figures, wanted)
+        return figures
+
+    @contextmanager
+    def _timed(self, part: tuple[int, int, int]) -> Iterator[None]:
+        """Counts the block's time to the part's modules."""
         started = time.perf_counter()
-        with self._watch.stage("stack"):
-            load = self.source.load if self.handout.ranked else self.source.stacked
-            chunk = load(*part)
-        with self._watch.stage("svd"):
-            settings = replace(self.settings, route=self._routes(bucket, width)[lo])
-            factored = self.handout.factor(chunk, width, settings)
-        seconds = (time.perf_counter() - started) / (hi - lo)
+        yield
+        entries = self._entries(part)
+        seconds = (time.perf_counter() - started) / len(entries)
         with self._noting:
-            for module in chunk.modules:
-                self._modules[module].seconds += seconds
-        self._check_finite(factored, chunk.modules)
-        if keep and usual:
-            self._held[part] = factored
-        return factored
+            for entry in entries:
+                entry.seconds += seconds
 
-    def _check_finite(self, factored: Factored, modules: Sequence[str]) -> None:
-        if factored.norm2 is None or bool(torch.isfinite(factored.norm2).all()):
-            return
-        place = int(torch.nonzero(~torch.isfinite(factored.norm2))[0])
-        raise InvalidInput(
-            "the aggregate is not finite: its product leaves the range of float32",
-            module=modules[place],
-            expected="finite values",
-            cure="Leave out the clients whose factors are that large",
-        )
-
-    def _note(self, part: tuple[int, int, int], factored: Factored, wanted: PlanPart) -> None:
+    def _entries(self, part: tuple[int, int, int]) -> list[ModuleReport]:
         bucket, lo, hi = part
-        modules = [
-            self._modules[name] for name in self.source.index.buckets[bucket].modules[lo:hi]
-        ]
+        return [self._modules[name] for name in self.source.index.buckets[bucket].modules[lo:hi]]
+
+    def _check_finite(self, part: tuple[int, int, int], figures: Figures) -> None:
+        for entry, norm2 in zip(self._entries(part), figures.norm2 or (), strict=False):
+            if not math.isfinite(norm2):
+                raise InvalidInput(
+                    "the aggregate is not finite: its product leaves the range of float32",
+                    module=entry.module,
+                    expected="finite values",
+                    cure="Leave out the clients whose factors are that large",
+                )
+
+    def _note(
+        self, part: tuple[int, int, int], route: str, figures: Figures, wanted: PlanPart
+    ) -> None:
+        entries, norms = self._entries(part), figures.norm2
         with self._noting:
-            for rank in sorted(set(wanted.slots[:, 2].tolist())):
-                shares = factored.kept(rank).tolist()
+            for rank, shares in figures.kept.items():
                 for place in set(wanted.slots[wanted.slots[:, 2] == rank, 0].tolist()):
                     # A new dictionary: another thread may be making a report of the old one.
-                    modules[place].kept = {**modules[place].kept, rank: shares[place]}
-        norms = None if factored.norm2 is None else factored.norm2.tolist()
-        for place, entry in enumerate(modules):
-            entry.route = factored.route
+                    entries[place].kept = {**entries[place].kept, rank: shares[place]}
+        for place, entry in enumerate(entries):
+            entry.route = route
             if norms is not None:
                 entry.norm = max(norms[place], 0.0) ** 0.5
-            if factored.certificate is not None:
-                bound = float(factored.certificate[place])
+            if figures.certificate is not None:
+                bound = figures.certificate[place]
                 entry.certificate = bound / norms[place] if norms and norms[place] > 0 else bound
-            if factored.numerical_rank is not None:
-                entry.numerical_rank = int(factored.numerical_rank[place])
+            if figures.numerical_rank is not None:
+                entry.numerical_rank = int(figures.numerical_rank[place])
 
     def _write_whole(self, targets: Sequence[Target], sinks: Sequence[Sink]) -> None:
         holders: dict[str, list[tuple[Target, Sink, TensorSpan]]] = {}

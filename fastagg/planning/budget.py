@@ -17,13 +17,14 @@ __all__ = [
     "require",
     "slab_bytes",
     "work_bytes",
+    "workers",
 ]
 
 # Slabs of the clients that are being folded into sums at a time.
 CHUNK_BYTES = 12 << 20
 
 _WORK_BYTES = 96 << 20
-_WORK_BYTES_A_THREAD = 12 << 20
+_WORK_BYTES_A_WORKER = 12 << 20
 
 
 def require(needed: int, budget: int | None, what: str, cure: str) -> None:
@@ -41,13 +42,20 @@ def require(needed: int, budget: int | None, what: str, cure: str) -> None:
         )
 
 
-def work_bytes() -> int:
+def workers(device: torch.device) -> int:
+    """How many modules are worked on at once: one for each thread, or for each multiprocessor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.get_num_threads()
+
+
+def work_bytes(device: torch.device) -> int:
     """Bytes that handing out some modules at a time may take by default.
 
-    Enough modules to keep every core busy, little enough to be a rounding error beside the
-    accumulator of a model that is worth the cores.
+    Enough modules to keep every worker busy, little enough to be a rounding error beside the
+    accumulator of a model that is worth the workers.
     """
-    return max(_WORK_BYTES, _WORK_BYTES_A_THREAD * torch.get_num_threads())
+    return max(_WORK_BYTES, _WORK_BYTES_A_WORKER * workers(device))
 
 
 def slab_bytes(rows: int, m: int, n: int, itemsize: int) -> int:
@@ -66,18 +74,25 @@ def anonymous_bytes() -> int | None:
 
 
 class PeakMemory:
-    """The largest anonymous memory seen at the moments that :meth:`sample` was called.
+    """The largest memory seen at the moments that :meth:`sample` was called.
 
-    Where the system does not tell it apart, the peak of all resident memory, mapped files included.
+    Of the process its anonymous memory, or, where the system does not tell it apart, the peak of all
+    resident memory, mapped files included; of a GPU what this process has allocated there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.measure = "RssAnon" if anonymous_bytes() is not None else "ru_maxrss"
+        if device.type == "cuda":
+            self.measure = "memory_allocated"
         self.bytes = 0
         self.sample()
 
     def sample(self) -> None:
         """Looks at the memory now."""
+        if self._device.type == "cuda":
+            self.bytes = max(self.bytes, torch.cuda.memory_allocated(self._device))
+            return
         found = anonymous_bytes()
         if found is None:
             import resource

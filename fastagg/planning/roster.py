@@ -80,6 +80,7 @@ class Roster:
 
     Attributes:
         nbytes: of all members' adapters.
+        largest: bytes of the largest of them.
     """
 
     def __init__(self, *, equal_ranks: bool = False, method: str = "") -> None:
@@ -88,6 +89,7 @@ class Roster:
         self.whole: dict[str, tuple[TensorSpan, str]] = {}
         self.sizes: dict[str, ModuleSize] = {}
         self.nbytes = 0
+        self.largest = 0
         self.equal_ranks = equal_ranks
         self.method = method
         self._base: tuple[str, str] | None = None
@@ -130,6 +132,7 @@ class Roster:
         self._shapes = self._shapes_with(grown)
         self.sizes.update(grown)
         self.nbytes += member.layout.nbytes
+        self.largest = max(self.largest, member.layout.nbytes)
         self.members[member.client] = member
         if member.config.base_model is not None and self._base is None:
             self._base = (member.config.base_model, member.client)

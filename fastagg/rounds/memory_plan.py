@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumulator
+from fastagg.accumulators.staging import Staging
 from fastagg.accumulators.whole import WholeSums
 from fastagg.handouts.choices import Settings
 from fastagg.handouts.writer import module_bytes
@@ -45,7 +46,7 @@ class _Needs:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The rules by which memory is spent.
+    """The rules by which memory is spent: that of the device that adds up.
 
     Attributes:
         budget: bytes that accumulator and workspace may take together; None: any.
@@ -184,6 +185,8 @@ class MemoryPlan:
 
     def _needs(self, roster: Roster, layouts: Sequence[Layout]) -> _Needs:
         whole = WholeSums.bytes_for(roster.whole_with(layouts))
+        largest = max([roster.largest, *(layout.nbytes for layout in layouts)])
+        staged = Staging.bytes_for(self.settings.device, largest)
         dense = means = stack_work = dense_work = means_work = 0
         for (m, n), size in roster.shapes_with(layouts).items():
             count, rank_sum, width = size.count, size.rank_sum, size.width
@@ -197,8 +200,8 @@ class MemoryPlan:
             slabs = count * padded(width) * (m + n) * 4
             folding = max(padded(width) * (m + n) * 4, min(self.fold_limit, slabs))
             stack_work = max(stack_work, work[0])
-            dense_work = max(dense_work, work[1], folding)
+            dense_work = max(dense_work, work[1], folding + staged)
             # Folding casts each slab to the float64 of the sums.
-            means_work = max(means_work, work[2], 2 * folding)
+            means_work = max(means_work, work[2], 2 * folding + staged)
         stack = roster.nbytes + sum(layout.nbytes for layout in layouts)
         return _Needs(stack, dense + whole, means + whole, stack_work, dense_work, means_work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import re
 from collections.abc import Sequence
 
 import torch
@@ -64,19 +65,33 @@ def parse_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def parse_device(value: str) -> torch.device:
-    """Where the work is done; "auto" is the GPU where there is one and the CUDA kernels are built.
+    """Where the work is done: "cpu", "cuda" (the current GPU) or "cuda:1"; "auto" is the current GPU
+    where the CUDA kernels can run on it.
 
     Raises:
         InvalidInput: no such device, or it cannot be used here.
     """
-    check_choice("device", value, ("auto", "cpu", "cuda"))
-    usable = torch.cuda.is_available() and bool(_library.status()["_cuda"].loaded)
-    if value == "cuda" and not usable:
+    named = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", value)
+    if named is None:
         raise InvalidInput(
-            "there is no usable GPU",
+            "no such option",
             field="device",
-            expected="a CUDA device and FastAgg's CUDA kernels",
-            got="neither" if not torch.cuda.is_available() else "a device without the kernels",
-            cure="Use device='cpu'; `fastagg info` tells why the kernels are not there",
+            expected="'auto', 'cpu', 'cuda' or 'cuda:' and the number of a GPU",
+            got=short(value),
         )
-    return torch.device("cuda" if usable and value != "cpu" else "cpu")
+    if value == "cpu":
+        return torch.device("cpu")
+    index = None if named[1] is None else int(named[1])
+    obstacle = _library.cuda_obstacle(index)
+    if obstacle is None:
+        # With its number: the current GPU may be another one when the next update comes.
+        return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    if value == "auto":
+        return torch.device("cpu")
+    raise InvalidInput(
+        "the GPU cannot be used",
+        field="device",
+        expected="a GPU of torch's, and FastAgg's CUDA kernels for it",
+        got=obstacle,
+        cure="Use device='cpu'; `fastagg info` tells more",
+    )

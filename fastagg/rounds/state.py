@@ -32,7 +32,7 @@ State = dict[str, "torch.Tensor | str"]
 
 
 def dump(method: str, missing: str, roster: Roster, accumulator: Accumulator) -> State:
-    """The state of a round; sums are copied, the clients' buffers are not."""
+    """The state of a round on the host; sums are copied, the clients' buffers there are not."""
     tensors: dict[str, torch.Tensor] = {}
     layouts: dict[str, Any] = {}
     members = []
@@ -189,17 +189,22 @@ def _dump_sums(
         "whole_unit": sums.whole.unit.exponent,
     }
     for key, (name, _) in fields["whole"].items():
-        tensors[name] = sums.whole.sums[key].clone()
+        tensors[name] = _on_host(sums.whole.sums[key])
     if isinstance(sums, DenseAccumulator):
         fields["unit"] = sums.unit.exponent
         for number, dense in enumerate(sums.blocks.sums):
-            tensors[f"dense.{number}"] = dense.cpu().clone()
+            tensors[f"dense.{number}"] = _on_host(dense)
     else:
         fields["ranks"] = [block.ranks for block in sums.blocks.sums]
         for number, block in enumerate(sums.blocks.sums):
-            tensors[f"means.{number}.a"] = block.a.cpu().clone()
-            tensors[f"means.{number}.bt"] = block.bt.cpu().clone()
+            tensors[f"means.{number}.a"] = _on_host(block.a)
+            tensors[f"means.{number}.bt"] = _on_host(block.bt)
     return fields
+
+
+def _on_host(sums: torch.Tensor) -> torch.Tensor:
+    """A copy: what is added later is not in it."""
+    return sums.to("cpu", copy=True)
 
 
 def _load_sums(
@@ -228,10 +233,10 @@ def _load_sums(
     sums.totals = WeightTotals(sums.totals.missing)
     sums.totals.total = {str(module): float(total) for module, total in fields["totals"].items()}
     sums.totals.absent = float(fields["absent"])
-    whole = WholeSums()
+    whole = WholeSums(device)
     whole.unit = WeightUnit(fields["whole_unit"])
     for key, (name, total) in fields["whole"].items():
-        whole.sums[key] = _finite(state[name], name).clone()
+        whole.sums[key] = _finite(state[name], name).to(device, copy=True)
         whole.totals[key] = float(total)
     sums.whole = whole
 

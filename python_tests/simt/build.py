@@ -29,6 +29,13 @@ FLAGS = [
     *["-ffp-contract=off", "-Wall", "-Wextra", "-Werror"],
     *["-Wno-unknown-pragmas", "-Wno-unused-parameter"],
 ]
+TORCH = Path(torch.__file__).parent
+TORCH_FLAGS = [
+    *["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"],
+    # A system folder, whose headers are not held to our warnings.
+    *["-isystem", str(TORCH / "include"), "-Wno-attributes"],
+]
+TORCH_LIBRARIES = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 SANITIZED = os.environ.get("FASTAGG_SIMT_SANITIZE") == "1"
 
@@ -38,6 +45,23 @@ def compiler() -> str:
     if found is None:
         pytest.skip("no C++ compiler")
     return found
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """The environment of a process that runs kernels built with the sanitizers, or a skip."""
+    name = "libasan.so"
+    found = subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True)
+    runtime = found.stdout.strip()
+    if runtime in {"", name}:
+        pytest.skip("the compiler has no AddressSanitizer runtime")
+    return {
+        **os.environ,
+        "FASTAGG_SIMT_SANITIZE": "1",
+        "LD_PRELOAD": runtime,
+        # Python and torch keep memory until they end.
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
 
 
 def _digest(source: Path, flags: list[str]) -> str:
@@ -52,13 +76,20 @@ def _run(command: list[str], what: str) -> None:
     assert done.returncode == 0, f"{what}:\n{done.stderr}"
 
 
-def load(name: str, sources: Iterable[Path], extra: Iterable[str] = ()) -> ctypes.CDLL:
-    """The shared library of `sources` and the shim; objects are compiled once per content."""
+def load(
+    name: str, sources: Iterable[Path], extra: Iterable[str] = (), bindings: Iterable[Path] = ()
+) -> ctypes.CDLL:
+    """The shared library of `sources` and the shim; objects are compiled once per content.
+
+    `bindings` are sources besides that know torch, by its stable ABI.
+    """
     sources = [SHIM / "simt.cpp", *sources]
     flags = [*FLAGS, *(SANITIZERS if SANITIZED else []), *extra]
     OBJECTS.mkdir(parents=True, exist_ok=True)
 
-    def compiled(source: Path) -> str:
+    bindings = list(bindings)
+
+    def compiled(source: Path, flags: list[str] = flags) -> str:
         target = OBJECTS / f"{source.stem}-{_digest(source, flags)}.o"
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}")
@@ -67,12 +98,15 @@ def load(name: str, sources: Iterable[Path], extra: Iterable[str] = ()) -> ctype
         return str(target)
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, sources))
+        wanted = [pool.submit(compiled, source) for source in sources]
+        wanted += [pool.submit(compiled, source, [*flags, *TORCH_FLAGS]) for source in bindings]
+        objects = [each.result() for each in wanted]
     digest = hashlib.sha256("".join(objects).encode()).hexdigest()[:16]
     library = OBJECTS / f"lib{name}-{digest}.so"
     if not library.exists():
         partial = library.with_suffix(f".{os.getpid()}")
         linked = [compiler(), "-shared", *(SANITIZERS if SANITIZED else []), *objects]
+        linked += TORCH_LIBRARIES if bindings else []
         _run([*linked, "-Wl,-Bsymbolic", "-o", str(partial)], name)
         partial.replace(library)
     return ctypes.CDLL(str(library))

@@ -1,8 +1,5 @@
 #include "simt.h"
 
-#include <sys/mman.h>
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -10,17 +7,13 @@
 #include <random>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "fiber.h"
 
 namespace simt {
 namespace {
 
 constexpr int kMostThreads = 1024;
 constexpr int kLanes = 32;
-constexpr size_t kStack = 256 << 10;
 constexpr size_t kArena = 256 << 10;
 
 struct Copy {
@@ -30,8 +23,7 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
-  void* stack = nullptr;
+  Context context;
   bool done = false;
   const uint64_t* waits_for = nullptr;  // runs again once this is no longer `seen`
   uint64_t seen = 0;
@@ -57,7 +49,7 @@ struct Block {
   int threads = 0;
   unsigned block = 0, blocks = 0;
   int current = 0;
-  ucontext_t scheduler;
+  Context scheduler;
   const std::function<void()>* kernel = nullptr;
 };
 
@@ -75,39 +67,15 @@ alignas(1024) unsigned char arena[kArena];
 
 Fiber& self() { return state.fibers[static_cast<size_t>(state.current)]; }
 
-void switch_context(ucontext_t* from, ucontext_t* to, [[maybe_unused]] const void* stack,
-                    [[maybe_unused]] size_t size, [[maybe_unused]] bool leaving) {
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(leaving ? nullptr : &fake, stack, size);
-  swapcontext(from, to);
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#else
-  swapcontext(from, to);
-#endif
-}
-
-#if defined(__SANITIZE_ADDRESS__)
-const void* scheduler_stack = nullptr;
-size_t scheduler_size = 0;
-#else
-constexpr const void* scheduler_stack = nullptr;
-constexpr size_t scheduler_size = 0;
-#endif
-
-void yield() {
-  switch_context(&self().context, &state.scheduler, scheduler_stack, scheduler_size, false);
-}
+void yield() { state.scheduler.resume_from(self().context); }
 
 void enter() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
-#endif
+  self().context.entered();
   (*state.kernel)();
   if (self().copies.size() > 1 || !self().copies[0].empty())
     fail("returned before its asynchronous copies were waited for");
   self().done = true;
-  switch_context(&self().context, &state.scheduler, scheduler_stack, scheduler_size, true);
+  yield();
 }
 
 void wait(Barrier& barrier, int expected) {
@@ -133,7 +101,7 @@ void run_block() {
       if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
       fiber.waits_for = nullptr;
       state.current = thread;
-      switch_context(&state.scheduler, &fiber.context, fiber.stack, kStack, false);
+      fiber.context.resume_from(state.scheduler);
       moved = true;
       left -= fiber.done;
     }
@@ -143,18 +111,7 @@ void run_block() {
 
 void begin(int thread) {
   Fiber& fiber = state.fibers[static_cast<size_t>(thread)];
-  if (!fiber.stack) {
-    fiber.stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (fiber.stack == MAP_FAILED) fail("no memory for a fiber's stack");
-  }
-#if defined(__SANITIZE_ADDRESS__)
-  ASAN_UNPOISON_MEMORY_REGION(fiber.stack, kStack);
-#endif
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack;
-  fiber.context.uc_stack.ss_size = kStack;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, enter, 0);
+  fiber.context.start(enter);
   fiber.done = false;
   fiber.waits_for = nullptr;
   fiber.phase = 0;
@@ -180,12 +137,12 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<
   state.kernel = &kernel;
   for (int64_t block = 0; block < blocks; ++block) {
     state.block = static_cast<unsigned>(block);
-    std::memset(arena, 0xff, static_cast<size_t>(shared_bytes));
 #if defined(__SANITIZE_ADDRESS__)
     ASAN_UNPOISON_MEMORY_REGION(arena, kArena);
     ASAN_POISON_MEMORY_REGION(arena + (shared_bytes + 7) / 8 * 8,
                               kArena - static_cast<size_t>((shared_bytes + 7) / 8 * 8));
 #endif
+    std::memset(arena, 0xff, static_cast<size_t>(shared_bytes));
     for (int thread = 0; thread < threads; ++thread) begin(thread);
     run_block();
   }
@@ -247,4 +204,7 @@ void simt_set_order(int order) {
 
 // As many bytes of shared memory as a smaller GPU has, so that small matrices take its other paths.
 void simt_set_shared_limit(int64_t bytes) { simt::most_shared = bytes; }
+
+// So few that a handful of blocks fills the device.
+void simt_set_multiprocessors(int64_t count) { simt::processors = static_cast<int>(count); }
 }

@@ -20,6 +20,11 @@
 #define blockDim (simt::block_size())
 #define gridDim (simt::grid_size())
 
+// Global in CUDA.
+using std::isfinite;
+using std::isinf;
+using std::isnan;
+
 namespace simt {
 
 struct Index {

@@ -73,6 +73,11 @@ inline void mma_f64(double (&d)[2], double a, double b) {
   }
 }
 
+inline void mma_f64_deep(double (&d)[2][2], const double (&a)[4][2], const double (&b)[4]) {
+  for (int step = 0; step < 4; ++step)
+    for (int half = 0; half < 2; ++half) mma_f64(d[half], a[step][half], b[step]);
+}
+
 inline void load_matrices(uint32_t (&to)[4], const void* row) {
   const unsigned char* all = simt::exchange(&row, sizeof row);
   for (unsigned matrix = 0; matrix < 4; ++matrix) {

@@ -1,0 +1,1 @@
+"""Builds fastagg/_cuda: what torch offers for that refuses where torch itself has no CUDA."""

@@ -1,0 +1,3 @@
+"""ops.scan on CUDA: every test of the CPU op."""
+
+from test_ops_scan import *  # noqa: F403
