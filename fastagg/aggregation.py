@@ -27,6 +27,7 @@ from fastagg.handouts.target import (
 from fastagg.handouts.writer import HandoutWriter, Progress
 from fastagg.method import Method
 from fastagg.peft_format.layout import Slot
+from fastagg.peft_format.safetensors_file import view
 from fastagg.planning.budget import PeakMemory, require, work_bytes
 from fastagg.planning.roster import Roster
 from fastagg.report import ModuleReport, Report, SkippedClient, Stopwatch
@@ -97,7 +98,13 @@ class Aggregate:
         """What the method's hand-out does to the base weights, in a sentence."""
         return self.method.handout.base_effect
 
-    def adapter(self, rank: int | None = None, *, client: str | None = None) -> Adapter:
+    def adapter(
+        self,
+        rank: int | None = None,
+        *,
+        client: str | None = None,
+        like: Adapter | None = None,
+    ) -> Adapter:
         """What a client is handed.
 
         Args:
@@ -105,26 +112,33 @@ class Aggregate:
                 agree on it and else 1.
             client: the adapter of this client: its own keys, ranks, scalings, configuration and
                 dtypes. For flora, whose clients all get the stack, that is :meth:`stacked`.
+            like: the adapter of anyone, member of the round or not, brought up to date: its own
+                keys, ranks, scalings, configuration and dtypes, and its own numbers still in the
+                modules and whole tensors that no client of the round has. For flora as above.
 
         The decomposition is computed at the first call, for the largest rank of all clients, and
         kept: later calls only write their adapter.
 
         Raises:
-            InvalidInput: neither or both are given, no such client, or a rank that the method does
-                not hand out.
+            InvalidInput: not exactly one of them is given, no such client, a rank that the method
+                does not hand out, or an adapter that does not fit to the clients'.
             MemoryBudgetExceeded: the adapter does not fit into max_memory.
         """
-        if (rank is None) == (client is None):
+        choices = {"rank": rank, "client": client, "like": like}
+        given = [name for name, value in choices.items() if value is not None]
+        if len(given) != 1:
             raise InvalidInput(
                 "which adapter?",
-                field="rank" if rank is None else "rank, client",
-                expected="either a rank or a client",
-                got="neither" if rank is None else "both",
+                field=", ".join(given or choices),
+                expected="either a rank, a client or an adapter",
+                got=" and ".join(given) or "none of them",
             )
         if rank is not None:
             (rank,) = check_ranks([rank])
             self.method.handout.check_rank(rank, self._log.largest_rank)
             return self._in_memory(self._writer, for_rank(self._roster, rank, self._options.dtype))
+        if like is not None:
+            return self._brought_up_to_date(like)
         member = self._roster.members.get(client or "")
         if member is None:
             raise InvalidInput(
@@ -134,7 +148,9 @@ class Aggregate:
             )
         if not self.method.handout.ranked:
             return self.stacked()
-        return self._in_memory(self._writer, for_client(member, self._options.dtype))
+        return self._in_memory(
+            self._writer, for_client(member.client, member.layout, member.config, self._options.dtype)
+        )
 
     def stacked(self) -> Adapter:
         """FLoRA's stack of all clients as one adapter of rank sum r_k and scaling 1: exactly dW.
@@ -287,7 +303,18 @@ class Aggregate:
             limit,
         )
 
-    def _in_memory(self, writer: HandoutWriter, target: Target) -> Adapter:
+    def _brought_up_to_date(self, adapter: Adapter) -> Adapter:
+        name = adapter.name or "adapter"
+        self._roster.check_fit(name, adapter.layout, adapter.config)
+        if not self.method.handout.ranked:
+            return self.stacked()
+        target = for_client(name, adapter.layout, adapter.config, self._options.dtype)
+        return self._in_memory(self._writer, target, adapter.state_dict())
+
+    def _in_memory(
+        self, writer: HandoutWriter, target: Target, before: Mapping[str, torch.Tensor] | None = None
+    ) -> Adapter:
+        """A target's adapter; ``before`` has its tensors by source, where the round may lack some."""
         held = self._source.nbytes + target.layout.nbytes
         needed = held + writer.workspace_bytes([target])
         with_factors = needed + writer.factors_bytes([target])
@@ -300,6 +327,9 @@ class Aggregate:
         budget = self._options.max_memory
         keep = writer.handout.ranked and (budget is None or with_factors <= budget)
         sink = MemorySink(target.layout.nbytes)
+        if before is not None:
+            for span in target.layout.tensors:
+                view(sink.flat, span).copy_(before[span.source])
         writer.write([target], [sink], keep=keep)
         return Adapter.from_flat(sink.flat, target.layout, target.config, name=target.name)
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from adapters import make_adapter
+from adapters import make_adapter, same_bits
 from equations import (
     CONV,
     EMBEDDING,
@@ -117,7 +117,8 @@ def test_what_is_no_rank_is_refused(seed: int, rank: object) -> None:
 
 def test_rank_or_client_but_not_both(seed: int) -> None:
     result = run([client("a", seed=seed)])
-    for arguments in ({}, {"rank": 4, "client": "a"}):
+    adapter = client("b", seed=seed).adapter
+    for arguments in ({}, {"rank": 4, "client": "a"}, {"client": "a", "like": adapter}):
         with pytest.raises(InvalidInput, match="which adapter"):
             result.adapter(**arguments)  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="no such client") as caught:
@@ -140,6 +141,61 @@ def test_a_client_keeps_its_prefix_and_its_configuration(seed: int) -> None:
     assert adapter.config == clients[1].adapter.config
     assert SAVED in {"base_model.model." + key.split("base_model.model.")[1]
                      for key in adapter.state_dict()}
+
+
+# By an adapter
+
+
+@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_adapter_like_a_clients_gets_the_bits_of_the_client(
+    seed: int, method: str, dtype: torch.dtype | None
+) -> None:
+    clients = [client(f"c{k}", 4 if method == "fedit" else 4 + k, seed=seed + k, special=True,
+                      saved=True, prefix="x.base_model.model.") for k in range(3)]
+    result = run(clients, method, dtype=dtype)
+    for number, each in enumerate(clients):
+        like = client("other", each.adapter.config.rank, seed=seed + 9, special=True, saved=True,
+                      prefix="x.base_model.model.").adapter
+        got, expected = result.adapter(like=like), result.adapter(client=each.name)
+        assert same_bits(got.state_dict(), expected.state_dict()), number
+        assert got.config == expected.config
+        assert same_bits(result.adapter(like=each.adapter).state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize("method", ["flexlora", "zeropad"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_like_keeps_what_the_round_lacks(
+    seed: int, method: str, dtype: torch.dtype | None
+) -> None:
+    up = {UP: SHAPES[UP]}
+    result = run([client("a", 4, seed=seed, modules=up)], method, dtype=dtype)
+    like = client("b", 9, seed=seed + 1, saved=True, special=True).adapter
+    got = result.adapter(like=like)
+    assert got.modules == like.modules
+    for key, tensor in like.state_dict().items():
+        kept = UP not in key
+        assert torch.equal(got.state_dict()[key], tensor.to(dtype or tensor.dtype)) == kept
+    slack = 2e-6 if dtype is None else 2e-2
+    dw = exact([client("a", 4, seed=seed, modules=up)], UP)
+    assert (product(got, UP) - dw).norm() <= slack * dw.norm()
+    alone = client("c", 3, seed=seed + 2, modules={"model.other.q_proj": (6, 5)}).adapter
+    assert same_bits(
+        result.adapter(like=alone).state_dict(),
+        {key: tensor.to(dtype or tensor.dtype) for key, tensor in alone.state_dict().items()},
+    )
+
+
+def test_like_must_fit_to_the_round(seed: int) -> None:
+    result = run([client("a", 4, seed=seed)])
+    taller = client("a", 4, modules={UP: (41, 24)}).adapter
+    with pytest.raises(InvalidInput, match="another shape") as caught:
+        result.adapter(like=taller)
+    assert caught.value.module == UP
+    with pytest.raises(InvalidInput, match="different base models"):
+        result.adapter(like=client("a", 4, base_model="other").adapter)
+    with pytest.raises(InvalidInput, match="cannot mix ranks"):
+        run([client("a", 4, seed=seed)], "fedit").adapter(like=client("b", 8).adapter)
 
 
 # The stack

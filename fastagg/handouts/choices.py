@@ -138,16 +138,26 @@ class TruncatedSVD:
         return linalg.fastest_route(m, n, rows, 2 * rank, device=settings.device)
 
     def work_bytes(self, m: int, n: int, rows: int, rank: int, settings: Settings) -> int:
-        """As measured: R x R problems, sketches of 2 r columns, float64 copies, dW."""
+        """As measured: R x R problems, sketches of 2 r columns, float64 copies, dW.
+
+        The CUDA kernels' own temporaries are counted out: 21 matrices of R x R and, for the QR of a
+        module whose clients cancel, two blocks' scratch; a sketch and the basis beside it, and 16
+        matrices of their width, which is that of dW where dW is hardly wider.
+        """
         columns = min(2 * rank, m, n)
         result = 4 * rank * (m + n + 1)
         sketch = 16 * columns * (m + n)
+        gram = small = 8 * 14 * rows**2
+        if settings.device.type == "cuda":
+            if min(m, n) <= max(2 * columns, 64):
+                columns = min(m, n)
+            sketch = 4 * columns * (2 * (m + n) + rows + 2 * n + 32 * columns)
+            gram = 8 * (21 * rows**2 + 2 * max(m, n) * (rows + min(rank, rows)))
         if not rows:
             return result + sketch
-        small = 8 * 14 * rows**2
         copies = 16 * rows * (m + n)
         return result + {
-            "gram": small,
+            "gram": gram,
             "qr": small + 2 * copies,
             "randomized": sketch,
             "dense": 4 * m * n + copies + sketch,

@@ -64,12 +64,13 @@ def targets_for(
     return per_signature(roster, dtype)
 
 
-def for_client(member: Member, dtype: torch.dtype | None) -> Target:
+def for_client(
+    client: str, layout: Layout, config: AdapterConfig, dtype: torch.dtype | None
+) -> Target:
     """The client's own keys, ranks, scalings and configuration; its dtypes unless one is given."""
-    layout = member.layout
     if dtype is not None:
-        layout = _renamed(_fresh(member, dtype), layout)
-    return Target(member.client, layout, member.config, (member.client,))
+        layout = _renamed(_fresh(layout, dtype), layout)
+    return Target(client, layout, config, (client,))
 
 
 def per_signature(roster: Roster, dtype: torch.dtype | None) -> list[Target]:
@@ -86,7 +87,7 @@ def per_signature(roster: Roster, dtype: torch.dtype | None) -> list[Target]:
         ranks = {slot.rank for slot in members[0].layout.slots}
         name = _unused("rank-" + "-".join(map(str, sorted({min(ranks), max(ranks)}))), targets)
         clients = tuple(member.client for member in members)
-        layout = _fresh(members[0], dtype)
+        layout = _fresh(members[0].layout, dtype)
         targets.append(Target(name, layout, members[0].config, clients))
     return targets
 
@@ -189,14 +190,14 @@ def _common_dtype(roster: Roster) -> torch.dtype:
     return promoted(member.layout.dtype for member in roster.members.values())
 
 
-def _fresh(member: Member, dtype: torch.dtype | None) -> Layout:
-    slots = member.layout.slots
+def _fresh(layout: Layout, dtype: torch.dtype | None) -> Layout:
+    slots = layout.slots
     return Layout.fresh(
         slots,
         {slot.module: slot.rank for slot in slots},
         {slot.module: slot.scaling for slot in slots},
         dtype=dtype,
-        whole=member.layout.whole,
+        whole=layout.whole,
     )
 
 

@@ -144,6 +144,8 @@ class HandoutWriter:
         widths = list(self._widths)
         for target in targets:
             for slot in target.layout.slots:
+                if slot.module not in self.source.index.number:
+                    continue
                 bucket, _ = self.source.index.where(slot.module)
                 widths[bucket] = max(widths[bucket], slot.rank)
         return widths
@@ -175,7 +177,7 @@ class HandoutWriter:
         keep: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Puts each target's tensors into its sink.
+        """Puts each target's tensors into its sink; those that the round lacks are left out.
 
         Args:
             keep: hold the factorisations of the usual width for the next call.
@@ -321,7 +323,8 @@ class HandoutWriter:
         holders: dict[str, list[tuple[Target, Sink, TensorSpan]]] = {}
         for target, sink in zip(targets, sinks, strict=True):
             for span in target.layout.whole:
-                holders.setdefault(span.key, []).append((target, sink, span))
+                if span.key in self.source.whole.keys:
+                    holders.setdefault(span.key, []).append((target, sink, span))
         for key, places in holders.items():
             for begin, _, values in self.source.whole.blocks(key):
                 for target, sink, span in places:

@@ -24,7 +24,7 @@ __all__ = [
 CHUNK_BYTES = 12 << 20
 
 _WORK_BYTES = 96 << 20
-_WORK_BYTES_A_WORKER = 12 << 20
+_WORK_BYTES_A_WORKER = {"cpu": 12 << 20, "cuda": 32 << 20}
 
 
 def require(needed: int, budget: int | None, what: str, cure: str) -> None:
@@ -55,7 +55,7 @@ def work_bytes(device: torch.device) -> int:
     Enough modules to keep every worker busy, little enough to be a rounding error beside the
     accumulator of a model that is worth the workers.
     """
-    return max(_WORK_BYTES, _WORK_BYTES_A_WORKER * workers(device))
+    return max(_WORK_BYTES, _WORK_BYTES_A_WORKER[device.type] * workers(device))
 
 
 def slab_bytes(rows: int, m: int, n: int, itemsize: int) -> int:

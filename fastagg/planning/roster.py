@@ -116,6 +116,14 @@ class Roster:
                 client=client,
                 cure="Give each update its own client_id",
             )
+        self.check_fit(client, layout, config)
+
+    def check_fit(self, client: str, layout: Layout, config: AdapterConfig) -> None:
+        """Whether an adapter fits to those of the members, whoever has it.
+
+        Raises:
+            InvalidInput: its base model, modules or whole tensors are unlike.
+        """
         self._check_base(client, config)
         if layout.digest in self._known:
             return

@@ -1,0 +1,116 @@
+"""A client: its examples, its adapter's configuration, and what it does with a hand-out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastagg.adapter import Adapter
+from fastagg.errors import InvalidInput
+from fastagg.federated.local_model import LocalModel
+from fastagg.federated.messages import ClientFailure, Handout
+from fastagg.federated.seeds import seed_of
+from fastagg.federated.token_loss import Encoded
+from fastagg.federated.training import LocalTraining, Step, TrainingDiverged, TrainingOutcome, fit
+from fastagg.update import ClientUpdate
+
+
+class Client:
+    """One client; it knows its own data and nothing of the server.
+
+    Clients of one process may share one model: nothing of a client stays in it but the merges that
+    all clients make.
+
+    Args:
+        name: the client's, unique in the run.
+        train: its training examples; their number is its weight.
+        held_out: examples for early stopping.
+        config: of its adapter, as :meth:`LocalModel.adapter` takes it.
+        model: the base model.
+        training: how it trains in a round.
+        seed: the run's, the same for all clients: they begin with the same rows of A.
+        folder: of its own: each round's adapter is written to ``folder/round-N`` and mapped from
+            there; None keeps it in memory.
+
+    Attributes:
+        outcome: of the last training that came to an end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        train: Sequence[Encoded],
+        held_out: Sequence[Encoded],
+        *,
+        config: Any,
+        model: LocalModel,
+        training: LocalTraining,
+        seed: int,
+        folder: Path | None = None,
+    ) -> None:
+        self.name = name
+        self.train = train
+        self.held_out = held_out
+        self.config = config
+        self.model = model
+        self.training = training
+        self.seed = seed
+        self.folder = folder
+        self.outcome: TrainingOutcome | None = None
+
+    def receive(self, handout: Handout) -> None:
+        """What every client does as a round begins, also one that does not take part: where the hand-out
+        is to be merged, the base becomes the round's. :meth:`fit` does it by itself.
+
+        Raises:
+            InvalidInput: the adapter does not fit the base model, or a round was missed.
+        """
+        if handout.merge and handout.adapter is not None:
+            self.model.merge_for(handout.round, handout.adapter)
+
+    def fit(self, handout: Handout, on_step: Callable[[Step], None] | None = None) -> ClientUpdate:
+        """Trains for a round and returns the adapter, with the number of examples as its weight.
+
+        The adapter goes on from the hand-out's, or starts afresh where there is none or it is merged.
+
+        Raises:
+            ClientFailure: a loss or a factor is NaN or infinite, the memory does not suffice, or the
+                examples cannot be trained on.
+            InvalidInput: the hand-out does not fit the base model, or a round was missed.
+        """
+        self.receive(handout)
+        start = self.config if handout.merge or handout.adapter is None else handout.adapter
+        factors = seed_of(self.seed, "factors", handout.round)
+        with self.model.adapter(start, seed=factors) as network:
+            try:
+                self.outcome = self._trained(network, handout.round, on_step)
+                update = self._update(self.model.capture(self.name), handout.round)
+                update.validate()
+            except (InvalidInput, TrainingDiverged, torch.OutOfMemoryError) as error:
+                raise ClientFailure(self.name, handout.round, str(error)) from error
+        return update
+
+    def _trained(
+        self, network: nn.Module, round: int, on_step: Callable[[Step], None] | None
+    ) -> TrainingOutcome:
+        return fit(
+            network,
+            self.train,
+            self.training,
+            seed=seed_of(self.seed, "training", round, self.name),
+            held_out=self.held_out,
+            on_step=on_step,
+        )
+
+    def _update(self, adapter: Adapter, round: int) -> ClientUpdate:
+        if self.folder is None:
+            return ClientUpdate(adapter, weight=len(self.train), client_id=self.name)
+        adapter.check_finite()
+        saved = self.folder / f"round-{round}"
+        # A round that is repeated, or was interrupted, is written again.
+        adapter.save(saved, overwrite=True)
+        return ClientUpdate.load(saved, weight=len(self.train), client_id=self.name)

@@ -1,0 +1,56 @@
+"""The factors that an adapter begins with: A drawn from a seed, B zero, so that scaling B A is zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastagg.federated.seeds import seed_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_PREFIX = "base_model.model."
+
+Draw = Callable[[int, torch.Generator], Tensor]
+
+
+def draw_factors(model: PeftModel, seed: int) -> None:
+    """Draws the factors of every LoRA module of a model anew, in PEFT's own distributions.
+
+    A is uniform in +-1/sqrt(fan in); of an embedding it is B that is drawn, normal, and A is zero.
+    Each module has a generator of its own and its ranks are drawn one by one: adapters of different
+    ranks, or of different modules, share all that they have in common. Methods that average A and B
+    apart rely on that; to the exact ones it makes no difference.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            generator = torch.Generator().manual_seed(seed_of(seed, name.removeprefix(_PREFIX)))
+            for adapter, factor in layer.lora_A.items():
+                a = factor.get_parameter("weight")
+                a.copy_(ranks_of(len(a), a[0].numel(), _uniform, generator).view(a.shape))
+                layer.lora_B[adapter].get_parameter("weight").zero_()
+            for adapter, b in layer.lora_embedding_B.items():
+                b.copy_(ranks_of(b.shape[1], b.shape[0], _normal, generator).t())
+                layer.lora_embedding_A[adapter].zero_()
+
+
+def ranks_of(rank: int, width: int, draw: Draw, generator: torch.Generator) -> Tensor:
+    """(rank, width) float32, row by row: the first rows do not depend on how many there are."""
+    return torch.stack([draw(width, generator) for _ in range(rank)])
+
+
+def _uniform(width: int, generator: torch.Generator) -> Tensor:
+    return (torch.rand(width, generator=generator) * 2 - 1) / math.sqrt(width)
+
+
+def _normal(width: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(width, generator=generator)
