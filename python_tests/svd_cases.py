@@ -213,6 +213,16 @@ CASES["clients that cancel but for 1e-5"] = nearly_cancelling(1e-5)
 CASES["clients that cancel but for 1e-7"] = nearly_cancelling(1e-7)
 
 
+@case("clients that cancel in all but two directions")
+def _(m: int, n: int, R: int, rng: torch.Generator) -> Case:
+    A, B = gauss(m, n, max(1, R // 2), rng)
+    A[:2] *= 2
+    scale = 0.5 + torch.rand(len(A), generator=rng)
+    c = torch.cat([torch.ones_like(scale), -1 / scale])
+    c[len(A) :][:2] = 0
+    return Case(A.repeat(2, 1), torch.cat([B, B * scale], 1), c)
+
+
 @case("one client outweighs the others by 1e16")
 def _(m: int, n: int, R: int, rng: torch.Generator) -> Case:
     A, B = gauss(m, n, R, rng)

@@ -90,12 +90,12 @@ struct ColumnsAreK {
 
 // A panel's way to shared memory: fetch() asks for the values of k .. k + 15 that lie before k_end, for
 // zeros beyond, and put() splits them into terms. `scale`, one value a row of the matrix, may be null.
-template <class Layout, int threads>
+// Between the two a step is multiplied: nothing in fetch() may use what it loads, or would wait for it.
+template <class Layout, int threads, class Scale = float>
 class Feed {
  public:
   static constexpr int kMine = Layout::kOctets / threads;
 
-  template <class Scale>
   __device__ void fetch(const Panel& panel, const Scale* scale, int64_t k, int64_t k_end) {
     const Position end = Layout::end(panel, k_end);
 #pragma unroll
@@ -105,7 +105,20 @@ class Feed {
       const int valid = row < end.row ? valid_values(col, end.col) : 0;
       const int64_t from = valid ? (row * panel.cols + col) * element_size(panel.dtype) : 0;
       octets_[i] = read_octet(static_cast<const char*>(panel.data) + from, panel.dtype, valid);
-      scales_[i] = scale && valid ? static_cast<float>(scale[row]) : 1.0f;
+      scales_[i] = scale && valid ? scale[row] : Scale(1);
+    }
+  }
+
+  // Has them brought into the L2 cache.
+  __device__ void prefetch(const Panel& panel, int64_t k, int64_t k_end) const {
+    const Position end = Layout::end(panel, k_end);
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const auto [row, col] =
+          Layout::position(panel.first, k, static_cast<int>(threadIdx.x) + i * threads);
+      if (row < end.row && col < end.col)
+        cuda::prefetch(static_cast<const char*>(panel.data) +
+                       (row * panel.cols + col) * element_size(panel.dtype));
     }
   }
 
@@ -121,7 +134,7 @@ class Feed {
       float values[kOctet];
       widen(octets_[i], panel.dtype, values);
 #pragma unroll
-      for (float& value : values) value *= scales_[i];
+      for (float& value : values) value *= static_cast<float>(scales_[i]);
 #pragma unroll 1
       for (int term = 0; term < terms; ++term) at[term * Layout::kOctets] = take_term(values);
     }
@@ -129,7 +142,7 @@ class Feed {
 
  private:
   Octet octets_[kMine];
-  float scales_[kMine];
+  Scale scales_[kMine];
 };
 
 // acc += the step's product, small pairs of terms first: then an accumulator that began at zero loses

@@ -18,11 +18,12 @@ constexpr int64_t kMostRows = 16;  // of a block
 // A warp a row.
 __global__ void __launch_bounds__(kThreads)
     load_rows(const double* __restrict__ c, const double* __restrict__ scales, int64_t modules,
-              int64_t size, double* rows, double* norms2) {
+              int64_t size, const int32_t* skip, double* rows, double* norms2) {
   const int64_t which = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (which >= modules * size) return;  // the warp as a whole
   const int64_t module = which / size;
+  if (skip && skip[module] != 0) return;
   double sum = 0;
   for (int64_t i = lane; i < size; i += kWarp) {
     const double value = scales[module] * c[which * size + i];
@@ -36,12 +37,13 @@ __global__ void __launch_bounds__(kThreads)
 // Row k of `factor` (modules, size, size) becomes the components of all rows along the longest one,
 // which are taken out of them; zero if what is left is rounding. A warp a row.
 __global__ void __launch_bounds__(kThreads)
-    take_out_longest(double* rows, double* norms2, int k, int size, double* factor) {
+    take_out_longest(double* rows, double* norms2, int k, int size, const int32_t* skip,
+                     double* factor) {
   const int64_t groups = (size + kWarps - 1) / kWarps;
   const int64_t module = blockIdx.x / groups;
   const int j = static_cast<int>(blockIdx.x % groups) * kWarps + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
-  if (j >= size) return;  // the warp as a whole
+  if (j >= size || (skip && skip[module] != 0)) return;  // the warp as a whole
   rows += module * size * size;
   const double* now = norms2 + (2 * module + k % 2) * size;
   double* next = norms2 + (2 * module + (k + 1) % 2) * size;
@@ -92,10 +94,11 @@ __device__ bool orthogonalise(double* x, double* y, int size) {
 
 // Every two rows of different blocks of `block` rows once, in a sweep's first round also those of one
 // block. A thread block a meeting.
-__global__ void __launch_bounds__(kThreads) meet(double* matrices, int size, int block, int players,
-                                                 int round, const int32_t* before, int32_t* far) {
+__global__ void __launch_bounds__(kThreads)
+    meet(double* matrices, int size, int block, int players, int round, const int32_t* skip,
+         const int32_t* before, int32_t* far) {
   const int64_t module = blockIdx.x / (players / 2);
-  if (before && !before[module]) return;  // all threads alike
+  if ((skip && skip[module] != 0) || (before && !before[module])) return;  // all threads alike
   const Meeting m = meeting(players, round, static_cast<int>(blockIdx.x % (players / 2)));
   double* shared = shared_memory<double>();
   double* matrix = matrices + module * size * size;
@@ -137,14 +140,15 @@ __global__ void __launch_bounds__(kThreads) meet(double* matrices, int size, int
 }  // namespace
 
 void orthogonalise_large(const double* c, const double* scales, int64_t modules, int64_t size,
-                         double* vectors, Workspace& workspace, Stream stream) {
+                         const int32_t* skip, double* vectors, Workspace& workspace,
+                         Stream stream) {
   double* rows = workspace.take<double>(modules * size * size);
   double* norms2 = workspace.take<double>(modules * 2 * size);
   launch(load_rows, tiles(modules * size, kWarps), kThreads, 0, stream, c, scales, modules, size,
-         rows, norms2);
+         skip, rows, norms2);
   for (int64_t k = 0; k < size; ++k)
     launch(take_out_longest, modules * tiles(size, kWarps), kThreads, 0, stream, rows, norms2,
-           static_cast<int>(k), static_cast<int>(size), vectors);
+           static_cast<int>(k), static_cast<int>(size), skip, vectors);
 
   const auto bytes = [&](int64_t block) {
     return 2 * block * size * static_cast<int64_t>(sizeof(double));
@@ -158,7 +162,7 @@ void orthogonalise_large(const double* c, const double* scales, int64_t modules,
   for (int sweep = 0; sweep < kMostSweeps; ++sweep)
     for (int round = 0; round < players - 1; ++round)
       launch(meet, modules * (players / 2), kThreads, bytes(block), stream, vectors,
-             static_cast<int>(size), static_cast<int>(block), players, round,
+             static_cast<int>(size), static_cast<int>(block), players, round, skip,
              sweep ? far + (sweep - 1) * modules : nullptr, far + sweep * modules);
 }
 

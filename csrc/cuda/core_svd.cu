@@ -23,7 +23,8 @@ constexpr int kLeastExponent = -1000;  // its power of two has a finite inverse
 
 // The power of two that brings the largest entry of every matrix into [1/2, 1).
 __global__ void __launch_bounds__(kThreads)
-    find_scales(const double* __restrict__ c, int64_t count, double* scales) {
+    find_scales(const double* __restrict__ c, int64_t count, const int32_t* skip, double* scales) {
+  if (skip && skip[blockIdx.x] != 0) return;
   double* scratch = shared_memory<double>();
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
   c += blockIdx.x * count;
@@ -42,8 +43,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // s, and which vector has which place in decreasing order. A NaN counts as -1: places stay distinct.
 __global__ void __launch_bounds__(kThreads)
-    order_vectors(const double* vectors, const double* scales, int size, double* s,
-                  int32_t* order) {
+    order_vectors(const double* vectors, const double* scales, int size, const int32_t* skip,
+                  double* s, int32_t* order) {
+  if (skip && skip[blockIdx.x] != 0) return;
   double* norms = shared_memory<double>();
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
   vectors += static_cast<int64_t>(blockIdx.x) * size * size;
@@ -68,9 +70,11 @@ __global__ void __launch_bounds__(kThreads)
 // Columns of u and of u / s, from rows u s: zero where s is rounding.
 __global__ void __launch_bounds__(kTile* kTileRows)
     write_vectors(const double* vectors, const double* scales, const double* s,
-                  const int32_t* order, int64_t size, int64_t side, double* u, double* over_s) {
+                  const int32_t* order, int64_t size, int64_t side, const int32_t* skip, double* u,
+                  double* over_s) {
   double* tile = shared_memory<double>();
   const int64_t module = blockIdx.x / (side * side), which = blockIdx.x % (side * side);
+  if (skip && skip[module] != 0) return;
   const int64_t top = which / side * kTile, left = which % side * kTile;
   vectors += module * size * size;
   s += module * size;
@@ -94,26 +98,26 @@ __global__ void __launch_bounds__(kTile* kTileRows)
 
 }  // namespace
 
-void core_svd(const double* c, int64_t modules, int64_t size, double* u, double* s, double* v,
-              Workspace& workspace, Stream stream) {
+void core_svd(const double* c, int64_t modules, int64_t size, const int32_t* skip, double* u,
+              double* s, double* v, Workspace& workspace, Stream stream) {
   double* scales = workspace.take<double>(modules);
   double* vectors = workspace.take<double>(modules * size * size);
   double* over_s = workspace.take<double>(modules * size * size);
   int32_t* order = workspace.take<int32_t>(modules * size);
   if (size == 0) return;
   launch(find_scales, modules, kThreads, kThreads / kWarp * static_cast<int64_t>(sizeof(double)),
-         stream, c, size * size, scales);
-  if (!orthogonalise_in_shared(c, scales, modules, size, vectors, stream))
-    orthogonalise_large(c, scales, modules, size, vectors, workspace, stream);
+         stream, c, size * size, skip, scales);
+  if (!orthogonalise_in_shared(c, scales, modules, size, skip, vectors, stream))
+    orthogonalise_large(c, scales, modules, size, skip, vectors, workspace, stream);
   launch(order_vectors, modules, kThreads, size * static_cast<int64_t>(sizeof(double)), stream,
-         vectors, scales, static_cast<int>(size), s, order);
+         vectors, scales, static_cast<int>(size), skip, s, order);
   const int64_t side = tiles(size, kTile);
   launch(write_vectors, modules * side * side, kTile * kTileRows,
          kTile * (kTile + 1) * static_cast<int64_t>(sizeof(double)), stream, vectors, scales, s,
-         order, size, side, u, over_s);
+         order, size, side, skip, u, over_s);
   // v = C^T u / s
   multiply(row_major(c, size, size).transposed(), row_major(over_s, size, size),
-           row_major_result(v, size, size), {modules, size, size, size}, nullptr, stream);
+           row_major_result(v, size, size), {modules, size, size, size}, skip, stream);
 }
 
 }  // namespace fastagg::cuda

@@ -12,8 +12,11 @@
 #else
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #endif
 
 namespace fastagg::cuda {
@@ -63,18 +66,40 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("fastagg: ") + what + ": " + cudaGetErrorString(error));
 }
 
+inline Limits limits() {
+  int device = 0, multiprocessors = 0, shared = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "current device");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "limits");
+  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "limits");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "limits");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "limits");
+  return {multiprocessors, shared, 10 * major + minor};
+}
+
+// Lets a kernel have all the shared memory that there is. What it may have is the process's to know: were
+// it set to what each launch asks for, a thread could lower it between another's setting and launch.
+// Once a device, because setting it may wait for copies under way.
+inline void allow_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int> > allowed;  // on which device
+  int device = 0;
+  check(cudaGetDevice(&device), "current device");
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(limits().shared_bytes)),
+        "shared memory of a kernel");
+  allowed.insert({kernel, device});
+}
+
 // Runs `kernel` on `blocks` blocks in stream order; no blocks, no launch.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
             Stream stream, Arguments... arguments) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX) throw std::runtime_error("fastagg: a launch of more than 2^31 blocks");
-  constexpr int64_t kAlwaysThere = 48 << 10;  // more must be asked for, for every kernel and device
-  if (shared_bytes > kAlwaysThere)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          "shared memory of a kernel");
+  constexpr int64_t kAlwaysThere = 48 << 10;
+  if (shared_bytes > kAlwaysThere) allow_shared_memory(reinterpret_cast<const void*>(kernel));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -88,16 +113,6 @@ inline void zero(void* data, int64_t bytes, Stream stream) {
   if (bytes == 0) return;
   check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)),
         "memset");
-}
-
-inline Limits limits() {
-  int device = 0, multiprocessors = 0, shared = 0, major = 0, minor = 0;
-  check(cudaGetDevice(&device), "current device");
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "limits");
-  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "limits");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "limits");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "limits");
-  return {multiprocessors, shared, 10 * major + minor};
 }
 
 #endif

@@ -175,7 +175,7 @@ void solve(const Slab& a, const Slab& bt, const double* coefficients, const SvdO
   multiply(row_major(fb, rows, rows).transposed(), row_major(fa, rows, rows),
            row_major_result(core, rows, rows), {modules, rows, rows, rows}, verdicts.nonfinite,
            stream);
-  core_svd(core, modules, rows, u, s, v, workspace, stream);
+  core_svd(core, modules, rows, verdicts.nonfinite, u, s, v, workspace, stream);
   write_spectrum(s, fa, fb, rows, verdicts.nonfinite, out, verdicts.kept, stream);
 
   double *wu = take(columns), *wv = take(columns);

@@ -205,17 +205,23 @@ FactoredMap<T>::FactoredMap(const Slab& a, const Slab& bt, const double* coeffic
          adds_up_);
 }
 
+// Calls `product` with how many terms count, and the modules that it is to skip, until all are done.
+template <class T>
+template <class Product>
+void FactoredMap<T>::with_terms(Pass pass, const Product& product) const {
+  if (pass == Pass::Final) return product(kAllTerms, nullptr);
+  product(kPowerTerms, cancels_);
+  product(kAllTerms, adds_up_);
+}
+
 template <>
 void FactoredMap<float>::through(const Slab& first, const double* first_scale, const float* in,
                                  const Slab& second, const double* second_scale, float* out,
                                  int64_t l, Pass pass) const {
-  const auto product = [&](int terms, const int32_t* skip) {
+  with_terms(pass, [&](int terms, const int32_t* skip) {
     contract(first, first_scale, middle_, in, modules_, l, inner_, terms, skip, stream_);
     expand(second, second_scale, inner_, modules_, l, out, terms, skip, stream_);
-  };
-  if (pass == Pass::Final) return product(kAllTerms, nullptr);
-  product(kPowerTerms, cancels_);
-  product(kAllTerms, adds_up_);
+  });
 }
 
 template <>
@@ -239,16 +245,17 @@ void FactoredMap<T>::adjoint(const T* y, int64_t l, T* x, Pass pass) const {
 
 template <>
 void FactoredMap<float>::sketch(uint64_t seed, const int64_t* streams, int64_t l, float* y,
-                                Workspace&) const {
+                                Pass pass, Workspace&) const {
   contract_signs(a_, scale_a_, middle_, seed, streams, modules_, l, inner_, stream_);
-  expand(bt_, scale_b_, inner_, modules_, l, y, kPowerTerms, cancels_, stream_);
-  expand(bt_, scale_b_, inner_, modules_, l, y, kAllTerms, adds_up_, stream_);
+  with_terms(pass, [&](int terms, const int32_t* skip) {
+    expand(bt_, scale_b_, inner_, modules_, l, y, terms, skip, stream_);
+  });
 }
 
 template <>
 void FactoredMap<double>::sketch(uint64_t seed, const int64_t* streams, int64_t l, double* y,
-                                 Workspace& workspace) const {
-  forward(test_matrix(seed, streams, modules_, a_.cols * l, workspace, stream_), l, y, Pass::Power);
+                                 Pass pass, Workspace& workspace) const {
+  forward(test_matrix(seed, streams, modules_, a_.cols * l, workspace, stream_), l, y, pass);
 }
 
 template <class T>
@@ -273,7 +280,7 @@ void DenseMap<float>::adjoint(const float* y, int64_t l, float* x, Pass pass) co
 }
 
 template <>
-void DenseMap<float>::sketch(uint64_t seed, const int64_t* streams, int64_t l, float* y,
+void DenseMap<float>::sketch(uint64_t seed, const int64_t* streams, int64_t l, float* y, Pass,
                              Workspace&) const {
   contract_signs(w_, scale_, nullptr, seed, streams, modules_, l, y, stream_);
 }
@@ -292,8 +299,8 @@ void DenseMap<double>::adjoint(const double* y, int64_t l, double* x, Pass) cons
 
 template <>
 void DenseMap<double>::sketch(uint64_t seed, const int64_t* streams, int64_t l, double* y,
-                              Workspace& workspace) const {
-  forward(test_matrix(seed, streams, modules_, w_.cols * l, workspace, stream_), l, y, Pass::Power);
+                              Pass pass, Workspace& workspace) const {
+  forward(test_matrix(seed, streams, modules_, w_.cols * l, workspace, stream_), l, y, pass);
 }
 
 template class FactoredMap<float>;

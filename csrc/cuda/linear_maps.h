@@ -10,9 +10,11 @@
 
 namespace fastagg::cuda {
 
-// What becomes of a product decides how many bf16 terms of a skinny fp32 operand count (skinny.h): a
-// basis is as good a basis for being rounded to 16 bits, unless clients cancel each other, when rounding
-// what they cancel would drown dW; what dW makes of the last basis is not (NUMERICS, mixed precision).
+// What becomes of a product decides how many bf16 terms of a skinny fp32 operand count (skinny.h). A
+// basis that dW is applied to once more may be rounded to 16 bits, unless clients cancel each other, when
+// rounding what they cancel would drown dW. Final are the products whose columns Q spans, and those with
+// Q: what rounding adds to the first is outside of dW's range where but a part of dW's terms cancels, and
+// takes the place of a part of it in Q.
 enum class Pass { Power, Final };
 
 // What is known of dW beside its products, each (modules).
@@ -32,12 +34,15 @@ class FactoredMap {
   void forward(const T* x, int64_t l, T* y, Pass pass) const;
   void adjoint(const T* y, int64_t l, T* x, Pass pass) const;
   // forward() of each module's Rademacher test matrix (n x l).
-  void sketch(uint64_t seed, const int64_t* streams, int64_t l, T* y, Workspace& workspace) const;
+  void sketch(uint64_t seed, const int64_t* streams, int64_t l, T* y, Pass pass,
+              Workspace& workspace) const;
   const MapNorms& norms() const { return norms_; }
 
  private:
   void through(const Slab& first, const double* first_scale, const T* in, const Slab& second,
                const double* second_scale, T* out, int64_t l, Pass pass) const;
+  template <class Product>
+  void with_terms(Pass pass, const Product& product) const;
 
   Slab a_, bt_;
   int64_t modules_;
@@ -58,7 +63,8 @@ class DenseMap {
 
   void forward(const T* x, int64_t l, T* y, Pass pass) const;
   void adjoint(const T* y, int64_t l, T* x, Pass pass) const;
-  void sketch(uint64_t seed, const int64_t* streams, int64_t l, T* y, Workspace& workspace) const;
+  void sketch(uint64_t seed, const int64_t* streams, int64_t l, T* y, Pass pass,
+              Workspace& workspace) const;
   const MapNorms& norms() const { return norms_; }
 
  private:

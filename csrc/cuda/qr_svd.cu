@@ -169,14 +169,12 @@ void qr_svd(const Slab& a, const Slab& bt, const double* alpha, const double* be
   launch(factor_lossy<T>, blocks, kThreads, kQrShared, stream, side_b, side_a, list, scratch,
          piece);
 
-  // The cores of the other modules are zero, which costs their SVD next to nothing.
   double* core = take();
-  zero(core, square * static_cast<int64_t>(sizeof(double)), stream);
   multiply(row_major(side_b.upper, rows, rows), row_major(side_a.upper, rows, rows).transposed(),
            row_major_result(core, rows, rows), {modules, rows, rows, rows}, list.others, stream);
   double *u = take(), *v = take();
   auto* s = workspace.take<double>(modules * rows);
-  core_svd(core, modules, rows, u, s, v, workspace, stream);
+  core_svd(core, modules, rows, list.others, u, s, v, workspace, stream);
   write_spectrum(s, side_a.upper, side_b.upper, rows, list.others, out, kept, stream);
   leading_vectors(u, s, kept, modules, rows, columns, list.others, side_b.w, stream);
   leading_vectors(v, s, kept, modules, rows, columns, list.others, side_a.w, stream);

@@ -26,7 +26,8 @@ constexpr double kRoundings = 2.0;
 // The same of the two fp64 sums of squares whose difference is the certificate.
 constexpr double kNormRoundings = 32.0;
 
-// The core's left vectors are orthonormal to rounding times s[0] / s[j]: beyond this they are not.
+// The core's right vectors are orthonormal to rounding times s[0] / s[j]: beyond this they are not near
+// enough to it to be polished.
 constexpr double kSmallestOfCore = 1e-11;
 
 // Temporaries of one turn over the modules; more modules take more turns.
@@ -129,7 +130,7 @@ void finish_sketch(const MapNorms& norms, const Skinny<T>& q, const Skinny<T>& z
   auto* v = workspace.take<double>(modules * l * l);
   launch(unscaled_kernel, tiles(modules * l * l, kThreads), kThreads, 0, stream,
          basis.cholesky.factor, basis.scale, modules * l * l, l, f);
-  core_svd(f, modules, l, u, s, v, workspace, stream);
+  core_svd(f, modules, l, nullptr, u, s, v, workspace, stream);
 
   auto* q_finite = workspace.take<double>(modules);
   launch(finite_kernel<T>, modules, kThreads, kWarps * sizeof(double), stream, q.now, q.size * l,
@@ -165,17 +166,21 @@ void sketched_svd(const Map& map, const Sketch& sketch, const SvdOut<T>& out, Wo
     // As many columns as rows: random signs might miss a direction, the identity cannot.
     fill_identity(y, stream);
   } else {
+    const int64_t iterations = l < out.n ? sketch.power_iterations : 0;
+    const auto pass_after = [&](int64_t done) {
+      return done < iterations ? Pass::Power : Pass::Final;
+    };
     if (l == out.n) {
       fill_identity(x, stream);
       map.forward(x.now, l, y.now, Pass::Final);
     } else {
-      map.sketch(sketch.seed, sketch.streams, l, y.now, workspace);
+      map.sketch(sketch.seed, sketch.streams, l, y.now, pass_after(0), workspace);
     }
-    for (int64_t q = 0; l < out.n && q < sketch.power_iterations; ++q) {
+    for (int64_t q = 1; q <= iterations; ++q) {
       make_basis(y);
       map.adjoint(y.now, l, x.now, Pass::Power);
       make_basis(x);
-      map.forward(x.now, l, y.now, Pass::Power);
+      map.forward(x.now, l, y.now, pass_after(q));
     }
     // The last basis takes two passes: the first leaves what the pivots' range lost.
     make_basis(y);

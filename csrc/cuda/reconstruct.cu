@@ -31,7 +31,7 @@ constexpr int kWaves = 8;               // blocks for every multiprocessor, so t
 
 using Layout = RowsAreK<kTile>;
 
-struct Chunk {
+struct alignas(16) Chunk {  // read in one piece
   int32_t row, rows;
   float rescale;  // of the accumulator, before the chunk is added
   int32_t terms;  // of b's side
@@ -225,7 +225,7 @@ __global__ __launch_bounds__(kThreadsOfBlock,
   const auto fetch = [&](int64_t col, const Chunk& from) {
     const int64_t end = from.row + from.rows;
     a.first = col * kTile;
-    a_feed.fetch(a, static_cast<const float*>(nullptr), from.row, end < a.rows ? end : a.rows);
+    a_feed.fetch(a, nullptr, from.row, end < a.rows ? end : a.rows);
     if (!stays || col == place.col)
       bt_feed.fetch(bt, factors, from.row, end < bt.rows ? end : bt.rows);
   };

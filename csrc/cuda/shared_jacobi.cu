@@ -159,9 +159,9 @@ __device__ void take_out_pivots(SharedCore<held>& core, int size) {
   if (threadIdx.x == 0) core.rank[0] = size;
 }
 
-// One sweep, the index-th, over the rows in order. Two by two they are blocks; the rows of one block are made
-// orthogonal first, then every two blocks meet: two rows are kept in registers for four rotations, which
-// halves what shared memory must carry. Norms follow the rotations by their formula until the next
+// One sweep, the index-th, over the rows in order. Two by two they are blocks; the rows of one block are
+// made orthogonal first, then every two blocks meet: two rows are kept in registers for four rotations,
+// which halves what shared memory must carry. Norms follow the rotations by their formula until the next
 // sweep, which is as good as new where no angle is large: the last sweeps.
 template <int held>
 __device__ void sweep(SharedCore<held>& core, int index) {
@@ -178,12 +178,13 @@ __device__ void sweep(SharedCore<held>& core, int index) {
     x.store(core.row(core.order[k]));
     if (leads()) core.norms2[0][k] = xx;
   };
+  bool far = false;
   const auto turn = [&](Row<held>& x, Row<held>& y, double& xx, double& yy) {
     const double xy = group_sum(x.times(y));
     const Rotation r = rotation(xx, yy, xy);
     xx -= r.t * xy;
     yy += r.t * xy;
-    if (r.far) atomicMax(&core.far[index], 1);
+    far |= r.far;
     rotate(x, y, r);
     return r.s != 0;
   };
@@ -225,12 +226,15 @@ __device__ void sweep(SharedCore<held>& core, int index) {
     if (turned && top + 1 < rank) keep(x, xx, top + 1);
     __syncthreads();
   }
+  if (far && leads()) atomicMax(&core.far[index], 1);
+  __syncthreads();
 }
 
 template <int held>
 __global__ void __launch_bounds__(kLanes* kGroups<held>, 1)
     orthogonalise_core(const double* __restrict__ c, const double* __restrict__ scales, int size,
-                       double* vectors) {
+                       const int32_t* skip, double* vectors) {
+  if (skip && skip[blockIdx.x] != 0) return;
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * size * size;
   SharedCore<held>& core = *shared_memory<SharedCore<held>>();
   load_core<held>(core, c + offset, scales[blockIdx.x], size);
@@ -247,23 +251,23 @@ __global__ void __launch_bounds__(kLanes* kGroups<held>, 1)
 // True if the shared memory holds a matrix of this size in rows of `held` segments: then it is done.
 template <int held>
 bool done_in_shared(const double* c, const double* scales, int64_t modules, int64_t size,
-                    double* vectors, Stream stream) {
+                    const int32_t* skip, double* vectors, Stream stream) {
   const int64_t bytes = SharedCore<held>::bytes(size);
   if (size > held * kSegment || bytes > limits().shared_bytes) return false;
   launch(orthogonalise_core<held>, modules, kLanes * kGroups<held>, bytes, stream, c, scales,
-         static_cast<int>(size), vectors);
+         static_cast<int>(size), skip, vectors);
   return true;
 }
 
 }  // namespace
 
 bool orthogonalise_in_shared(const double* c, const double* scales, int64_t modules, int64_t size,
-                             double* vectors, Stream stream) {
-  return done_in_shared<2>(c, scales, modules, size, vectors, stream) ||
-         done_in_shared<4>(c, scales, modules, size, vectors, stream) ||
-         done_in_shared<6>(c, scales, modules, size, vectors, stream) ||
-         done_in_shared<8>(c, scales, modules, size, vectors, stream) ||
-         done_in_shared<10>(c, scales, modules, size, vectors, stream);
+                             const int32_t* skip, double* vectors, Stream stream) {
+  return done_in_shared<2>(c, scales, modules, size, skip, vectors, stream) ||
+         done_in_shared<4>(c, scales, modules, size, skip, vectors, stream) ||
+         done_in_shared<6>(c, scales, modules, size, skip, vectors, stream) ||
+         done_in_shared<8>(c, scales, modules, size, skip, vectors, stream) ||
+         done_in_shared<10>(c, scales, modules, size, skip, vectors, stream);
 }
 
 }  // namespace fastagg::cuda

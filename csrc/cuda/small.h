@@ -32,8 +32,9 @@ void coordinates(const Cholesky& cholesky, const double* d, const double* w, int
 // C = U diag(s) V^T for every module, C (modules, size, size), by one-sided Jacobi: s (modules, size)
 // decreases, and the columns of u and v (modules, size, size) are the vectors. u is orthonormal to
 // 1e-10 at worst and v to rounding times s[0] / s[j] besides; where s is at most its own rounding,
-// size * eps * s[0], the vectors are zero.
-void core_svd(const double* c, int64_t modules, int64_t size, double* u, double* s, double* v,
-              Workspace& workspace, Stream stream);
+// size * eps * s[0], the vectors are zero. A module whose `skip` is not zero is left as it is; null
+// skips none.
+void core_svd(const double* c, int64_t modules, int64_t size, const int32_t* skip, double* u,
+              double* s, double* v, Workspace& workspace, Stream stream);
 
 }  // namespace fastagg::cuda

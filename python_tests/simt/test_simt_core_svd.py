@@ -35,13 +35,15 @@ def shared_limit(library: ctypes.CDLL, size: int | None) -> Iterator[None]:
     library.simt_set_shared_limit(ctypes.c_int64(232448))
 
 
-def core_svd(library: ctypes.CDLL, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def core_svd(
+    library: ctypes.CDLL, c: Tensor, skip: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     modules, size, _ = c.shape
     u, v = torch.full_like(c, torch.nan), torch.full_like(c, torch.nan)
     s = torch.full((modules, size), torch.nan, dtype=torch.float64)
     library.small_core_svd(
         *[address(c), ctypes.c_int64(modules), ctypes.c_int64(size)],
-        *[address(u), address(s), address(v)],
+        *[skip if skip is None else address(skip), address(u), address(s), address(v)],
     )
     return u, s, v
 
@@ -136,6 +138,17 @@ def test_matrices_that_are_not_finite_come_to_an_end(library: ctypes.CDLL, share
     with shared_limit(library, shared):
         found = core_svd(library, c)
     check(c[:1], *(tensor[:1] for tensor in found))
+
+
+@pytest.mark.parametrize("shared", [None, NO_SHARED])
+def test_modules_that_are_skipped_are_left_as_they_are(library: ctypes.CDLL, shared: int | None) -> None:
+    c = randn(3, 66, 66, seed=15)
+    c[1] = torch.nan
+    with shared_limit(library, shared):
+        found = core_svd(library, c, torch.tensor([0, 1, 0], dtype=torch.int32))
+        for tensor, alone in zip(found, core_svd(library, c[2:].clone()), strict=True):
+            assert tensor[1].isnan().all()
+            assert torch.equal(tensor[2], alone[0])
 
 
 def test_subnormal_matrices(library: ctypes.CDLL) -> None:

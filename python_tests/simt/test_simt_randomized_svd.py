@@ -106,6 +106,15 @@ def test_hostile_inputs(library, name, rng):
     check(reference, found, rank, gap=0.02)
 
 
+@pytest.mark.parametrize("power_iterations", [0, 2])
+def test_what_cancels_in_part_does_not_drown_the_rest(library, power_iterations, rng):
+    # More directions cancel than the sketch has columns, and the norm of dW does not tell.
+    case = CASES["clients that cancel in all but two directions"](90, 70, 64, rng)
+    reference = Reference.of(case.A, case.B, case.c)
+    found = factored(library, *factors_of(case), 4, 8, power_iterations=power_iterations)
+    check(reference, found, 4, gap=0.02)
+
+
 @pytest.mark.parametrize(
     ("a_dtype", "bt_dtype"),
     [

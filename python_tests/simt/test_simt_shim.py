@@ -66,6 +66,19 @@ def test_tensor_core_functions_multiply(planted, rng):
     torch.testing.assert_close(d64, a64 @ b64, rtol=1e-14, atol=1e-14)
 
 
+def test_tensor_cores_cut_off_what_lies_far_below_the_largest_product(planted):
+    """1 + 15 x 2^-25 = 1 + 3.75 x 2^-23, of which fp32 would hold three."""
+    a = torch.full((16, 16), 2.0**-25, dtype=torch.bfloat16)
+    a[:, 3] = 1.0
+    b = torch.ones(16, 8, dtype=torch.bfloat16)
+    d = torch.zeros(16, 8)
+    planted.planted_product_bf16(address(a), address(b), address(d))
+    assert torch.equal(d, torch.ones(16, 8))
+    a[:, 3] = 2.0**-20  # nothing lies that far below
+    planted.planted_product_bf16(address(a), address(b), address(d))
+    assert torch.equal(d, torch.full((16, 8), 2.0**-20 + 15 * 2.0**-25))
+
+
 PROGRAM = """
 import torch
 from simt.build import SHIM, address, load
@@ -91,9 +104,10 @@ def outcome(call: str, sanitized: bool = False) -> subprocess.CompletedProcess[s
     [
         ("planted.planted_divergent(address(out))", "a barrier that other threads never reach"),
         ("planted.planted_half_a_warp(address(out))", "a barrier that other threads never reach"),
+        ("planted.planted_misplaced_rows(address(out), 4)", "not aligned to 16 bytes"),
     ],
 )
-def test_threads_that_do_not_meet_end_the_program(call, finding):
+def test_what_a_gpu_would_not_survive_ends_the_program(call, finding):
     done = outcome(call)
     assert done.returncode != 0 and finding in done.stderr, done.stderr
 

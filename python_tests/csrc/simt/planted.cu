@@ -65,6 +65,14 @@ __global__ void product_bf16(const uint16_t* a, const uint16_t* b, float* d) {
   for (int i = 0; i < 4; ++i) d[(row + 8 * (i / 2)) * 8 + col + i % 2] = sum[i];
 }
 
+// Eight rows of sixteen bytes, `offset` values from where they may begin.
+__global__ void misplaced_rows(double* out, int64_t offset) {
+  auto* shared = shared_memory<uint16_t>();
+  uint32_t matrices[4];
+  load_matrices(matrices, shared + offset + threadIdx.x % 8 * 8);
+  out[threadIdx.x] = matrices[0];
+}
+
 // d (8 x 8) = a (8 x 4) b (4 x 8), row-major.
 __global__ void product_f64(const double* a, const double* b, double* d) {
   const int lane = threadIdx.x;
@@ -97,6 +105,9 @@ void planted_copied(const double* in, double* out, bool waits) {
 }
 void planted_product_bf16(const uint16_t* a, const uint16_t* b, float* d) {
   launch(product_bf16, 1, kWarp, 1024, nullptr, a, b, d);
+}
+void planted_misplaced_rows(double* out, int64_t offset) {
+  launch(misplaced_rows, 1, kWarp, 256, nullptr, out, offset);
 }
 void planted_product_f64(const double* a, const double* b, double* d) {
   launch(product_f64, 1, kWarp, 0, nullptr, a, b, d);

@@ -178,6 +178,11 @@ void copy_later(void* to, const void* from, bool valid) {
   self().copies.back().push_back({to, from, valid});
 }
 
+void require_aligned(const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    fail("a row of a matrix that is not aligned to 16 bytes");
+}
+
 void commit_copies() { self().copies.emplace_back(); }
 
 void wait_for_copies(int pending) {

@@ -113,6 +113,7 @@ inline int __all_sync(unsigned mask, int predicate) {
   return __ballot_sync(mask, predicate) == 0xffffffffu;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline double rsqrt(double value) { return 1 / std::sqrt(value); }
 
 template <class T>
 T __ldg(const T* pointer) {

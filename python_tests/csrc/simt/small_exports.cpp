@@ -27,9 +27,9 @@ void small_cholesky(const double* g, const double* d, int64_t modules, int64_t s
   if (x) coordinates(found, d, w, cols, x, nullptr);
 }
 
-void small_core_svd(const double* c, int64_t modules, int64_t size, double* u, double* s,
-                    double* v) {
+void small_core_svd(const double* c, int64_t modules, int64_t size, const int32_t* skip, double* u,
+                    double* s, double* v) {
   HeapWorkspace workspace;
-  core_svd(c, modules, size, u, s, v, workspace, nullptr);
+  core_svd(c, modules, size, skip, u, s, v, workspace, nullptr);
 }
 }
