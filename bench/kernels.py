@@ -151,9 +151,10 @@ def _views(
 def table(record: dict[str, Any]) -> str:
     """The record for people."""
     lines = [record["case"]]
+    width = max(28, *(len(row["name"]) for row in record["rows"]))
     for row in record["rows"]:
         lines.append(
-            f"  {row['name']:28s}{1e3 * row['seconds']:10.2f} ms{row['rate']:10.1f} {row['unit']}"
+            f"  {row['name']:{width}s}{1e3 * row['seconds']:10.2f} ms{row['rate']:10.1f} {row['unit']}"
         )
     for key, value in record.items():
         if isinstance(value, float):

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -63,8 +64,9 @@ def build_library(
     (folder / "build.ninja").write_text("".join(statements))
 
     jobs = os.environ.get("MAX_JOBS")
-    ninja = [sys.executable, "-m", "ninja", *(["-j", jobs] if jobs else [])]
-    if subprocess.run(ninja, cwd=folder).returncode != 0:
+    # Beside an environment that is not activated it is no command; a system's own is no module.
+    ninja = [sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]
+    if subprocess.run([*ninja, *(["-j", jobs] if jobs else [])], cwd=folder).returncode != 0:
         sys.exit("fastagg: the CUDA kernels could not be built; FASTAGG_CUDA=0 leaves them out")
     offenders = ptxas.offenders(folder / f"{source.name}.o.ptxas" for source in kernels)
     if offenders:  # slower, not wrong: the tests refuse it, an installation under another nvcc must not

@@ -9,7 +9,6 @@ import zlib
 # Idle OpenMP threads that spin take a whole core from each other where tests share a machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import psutil
 import pytest
 import torch
 from hypothesis import settings
@@ -44,6 +43,7 @@ def rng(seed: int) -> torch.Generator:
 @pytest.fixture(scope="session")
 def huge_flat() -> torch.Tensor:
     """2.3 GB of address space: only the pages that a test writes take memory."""
+    psutil = pytest.importorskip("psutil")
     size = 2_300_000_000
     if psutil.virtual_memory().available < 2 * size:
         pytest.skip("less than 4.6 GB of memory is available")

@@ -178,6 +178,25 @@ def test_each_fold_reads_its_own_client_and_two_are_held(
     assert gpu.blocks == 2
 
 
+def test_clients_may_be_folded_on_several_streams(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one stream has passed says nothing of a copy that another waits for."""
+    rng = random.Random(seed)
+    gpu = Gpu(rng)
+    monkeypatch.setattr(staging, "torch", gpu.torch())
+    stage = Staging(torch.device("cuda"))
+    computing = [gpu.compute, Stream(gpu), Stream(gpu)]
+    folded: dict[int, list[int] | None] = {}
+    for k in range(CLIENTS):
+        gpu.current = rng.choice(computing)
+        brought: Any = stage.bring(torch.tensor([k], dtype=torch.uint8))
+        gpu.current.launch(lambda k=k, block=brought.block: folded.update({k: block.value}))
+    for stream in gpu.streams:
+        stream.record_event().synchronize()
+    assert folded == {k: [k] for k in range(CLIENTS)}
+
+
 def test_the_copy_of_a_client_does_not_wait_for_the_fold_before(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +226,7 @@ def test_sums_on_a_gpu_need_room_for_two_clients(method: str, kind: str) -> None
     needs = {}
     for device in ("cpu", "cuda"):
         # No work but folding: a budget of 16 bytes folds a byte, so one module, at a time.
-        settings = Settings("randomized", device=torch.device(device))
+        settings = Settings("qr", device=torch.device(device))
         plan = MemoryPlan(methods.get(method), settings, 16, kind if kind == "dense" else "auto")
         roster = Roster().with_headers(
             (each.name, each.adapter.layout, each.adapter.config) for each in clients

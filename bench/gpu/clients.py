@@ -21,6 +21,8 @@ class Clients:
     """One flat bf16 buffer a client: A (r, size), then B (size, r), module after module."""
     slots: Tensor
     """int64 (modules x K, 9): `stack`'s table, sorted by module and row."""
+    weights: tuple[float, ...]
+    """K: p_k s_k, on the host."""
     scale: Tensor
     """float64 (modules x K): p_k s_k of each slot."""
     coefficients: Tensor
@@ -31,15 +33,14 @@ class Clients:
         """R."""
         return sum(self.ranks)
 
-    def factors(self, module: int) -> tuple[list[Tensor], list[Tensor], list[float]]:
-        """The clients' A and B of one module as tensors, and their p_k s_k, as a user holds them."""
+    def factors(self, module: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The clients' A and B of one module as tensors, as a user holds them."""
         As, Bs = [], []
         for flat, rank in zip(self.flats, self.ranks, strict=True):
             a, b = flat.view(self.modules, 2, rank * self.size)[module]
             As.append(a.view(rank, self.size))
             Bs.append(b.view(self.size, rank))
-        starts = [sum(self.ranks[:k]) for k in range(len(self.ranks))]
-        return As, Bs, self.coefficients[module, starts].tolist()
+        return As, Bs
 
     def handout(self) -> tuple[Tensor, Tensor, list[int]]:
         """`redistribute`'s table, scalings and sizes: every client's next factors, at its own rank."""
@@ -75,6 +76,7 @@ def gaussian(ranks: tuple[int, ...], modules: int, size: int, device: torch.devi
         size,
         flats,
         torch.tensor(table, device=device),
+        tuple(shares.tolist()),
         scale.to(device),
         by_row.expand(modules, -1).contiguous().to(device),
     )

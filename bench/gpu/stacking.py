@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,25 +13,33 @@ from bench.gpu.clients import Clients, gaussian
 from bench.gpu.timing import Clock, row
 from fastagg import ops
 
-
-def _cat_then_multiply(clients: Clients) -> list[tuple[Tensor, Tensor]]:
-    """torch.cat of each module's factors, then one multiply by the rows' coefficients."""
-    out = []
-    for module in range(clients.modules):
-        As, Bs, _ = clients.factors(module)
-        A = torch.cat(As).mul_(clients.coefficients[module, :, None].bfloat16())
-        out.append((A, torch.cat(Bs, dim=1)))
-    return out
+Stack = tuple[Tensor, Tensor]
+"""A module's A (R, n) and B (m, R)."""
 
 
-def _client_by_client(clients: Clients) -> list[tuple[Tensor, Tensor]]:
-    """mul and cast of every client's factor, then torch.cat: FLoRA's published form."""
-    out = []
-    for module in range(clients.modules):
-        As, Bs, c = clients.factors(module)
-        A = torch.cat([(weight * A.float()).bfloat16() for A, weight in zip(As, c, strict=True)])
-        out.append((A, torch.cat([B.float().bfloat16() for B in Bs], dim=1)))
-    return out
+def cat_then_multiply(As: Sequence[Tensor], Bs: Sequence[Tensor], c: Tensor) -> Stack:
+    """torch.cat, then one multiply by the rows' coefficients c (R, 1), float32."""
+    return torch.cat(list(As)).mul_(c), torch.cat(list(Bs), dim=1)
+
+
+def client_by_client(As: Sequence[Tensor], Bs: Sequence[Tensor], weights: Sequence[float]) -> Stack:
+    """Every client's factor multiplied in float32 and cast, then torch.cat: FLoRA's published form."""
+    weighted = [(w * A.float()).to(A.dtype) for A, w in zip(As, weights, strict=True)]
+    return torch.cat(weighted), torch.cat(list(Bs), dim=1)
+
+
+def baselines(clients: Clients) -> dict[str, Callable[[], list[Stack]]]:
+    """The whole bucket, module by module; the views of the factors are made beforehand."""
+    modules = [clients.factors(module) for module in range(clients.modules)]
+    columns = [c.float()[:, None] for c in clients.coefficients]
+    return {
+        "cat, then multiply": lambda: [
+            cat_then_multiply(As, Bs, c) for (As, Bs), c in zip(modules, columns, strict=True)
+        ],
+        "mul and cast by client, cat": lambda: [
+            client_by_client(As, Bs, clients.weights) for As, Bs in modules
+        ],
+    }
 
 
 def run(clock: Clock, quick: bool, times: int, copy_rate: float) -> dict[str, Any]:
@@ -46,8 +55,7 @@ def run(clock: Clock, quick: bool, times: int, copy_rate: float) -> dict[str, An
         {
             "stack_": lambda: ops.stack_(A, Bt, clients.flats, clients.slots, clients.scale),
             "stack_ without scale": lambda: ops.stack_(A, Bt, clients.flats, clients.slots),
-            "cat, then multiply": lambda: _cat_then_multiply(clients),
-            "mul and cast by client, cat": lambda: _client_by_client(clients),
+            **baselines(clients),
         },
         3 if quick else 15,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 
 import torch
 
-import fastagg
 from bench.measure import Timing, summary
+from fastagg import _library
 
 COLD_BYTES = 512 << 20  # several times the L2 of any GPU of today
 
@@ -84,7 +83,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "fastagg": fastagg.__version__,
+        "build": _library.status()["build"],
     }
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
@@ -113,8 +112,3 @@ def row(name: str, time: Timing, rate: float | None = None, unit: str = "") -> d
 def scaled(time: Timing, factor: float) -> Timing:
     """The time of a whole of which one part in `factor` was timed."""
     return Timing(time.median * factor, time.low * factor, time.high * factor, time.repetitions)
-
-
-def median_of(values: list[float]) -> float:
-    """The median."""
-    return statistics.median(values)

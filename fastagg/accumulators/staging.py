@@ -15,9 +15,9 @@ class Staging:
     rules keep the order, for client k and the *compute stream*, that which is current:
 
     - The fold of k is launched after :meth:`bring`, where the compute stream waits for the copy.
-    - Before the host refills a pinned buffer it waits for all that was launched on the compute
-      stream up to the fold of k - 2. That came after the copy of k - 2, so the pinned buffer is
-      free. And it lets the device hold two clients at most: k - 1 being folded, k arriving.
+    - Before the host refills a pinned buffer it waits for the copy of k - 2, which read it, and for
+      all that was launched on the compute stream up to the fold of k - 2: so the device holds two
+      clients at most, k - 1 being folded and k arriving.
     - The buffer on the device belongs to the copy stream's pool of the caching allocator, which may
       give it to the next copy as soon as its last reference is gone, although its fold may still
       be waiting. ``record_stream`` keeps it out of the pool until the compute stream has passed
@@ -32,6 +32,7 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pinned = [torch.empty(0, dtype=torch.uint8)] * 2
+        self._copied: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
         self._copies: torch.cuda.Stream | None = None
         self._before: torch.cuda.Event | None = None
@@ -53,18 +54,23 @@ class Staging:
         if self._before is not None:
             self._before.synchronize()
         self._before = launched
-        source = self._pinned_room(flat.numel())
+        source = self._free_room(flat.numel())
         source.copy_(flat)
         if self._copies is None:
             self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._copies):
             brought = source.to(self.device, non_blocking=True)
+        self._copied[self._turn] = self._copies.record_event()
         compute.wait_stream(self._copies)
         brought.record_stream(compute)
         return brought
 
-    def _pinned_room(self, nbytes: int) -> torch.Tensor:
+    def _free_room(self, nbytes: int) -> torch.Tensor:
+        """The pinned buffer whose turn it is, once its last copy was made."""
         self._turn = 1 - self._turn
+        copied = self._copied[self._turn]
+        if copied is not None:
+            copied.synchronize()
         if nbytes > self._pinned[self._turn].numel():
             self._pinned[self._turn] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         return self._pinned[self._turn][:nbytes]

@@ -29,6 +29,17 @@ def shared_tests_meet_the_device(request: pytest.FixtureRequest) -> Iterator[Non
 
 
 @pytest.fixture(autouse=True)
+def the_gpu_is_alive(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After an illegal access every later call fails: the tests that come next would tell nothing."""
+    yield
+    if on_gpu():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            request.session.shouldstop = f"{request.node.nodeid} has broken the GPU's context: {error}"
+
+
+@pytest.fixture(autouse=True)
 def fresh_memory_is_poison() -> Iterator[None]:
     """torch fills what it allocates with NaN: what a kernel leaves unwritten is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -38,6 +38,7 @@ def assert_agree(name: str, found: list[Tensor], expected: list[Tensor]) -> None
             torch.testing.assert_close(x, y, rtol=torch.finfo(x.dtype).eps, atol=2e-6)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("name", NAMES)
 def test_agrees_with_the_cpu_op(name: str, rng: torch.Generator) -> None:
     for sample in samples(rng)[name]:

@@ -25,6 +25,7 @@ def rounding_of_a_sketch() -> Iterator[None]:
         yield
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("op", ALL)
 def test_the_bits_of_a_module_alone_and_in_a_bucket(op: Any, rng: torch.Generator) -> None:
     """One module whose clients cancel takes another path inside."""
