@@ -455,7 +455,7 @@ def test_interrupted_merges_leave_nothing(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
-    """Eight shards of 16 MB: anonymous memory grows by one, and by what the allocator keeps of another."""
+    """Eight shards of 16 MB: memory grows by one, and by what the allocator keeps of another."""
     base = tmp_path / "base"
     base.mkdir()
     weight_map = {}
