@@ -1,0 +1,58 @@
+"""What a simulation tells those who watch it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """A method begins, after the rounds that are ``done`` already."""
+
+    method: str
+    rounds: int
+    clients: tuple[str, ...]
+    done: int
+
+
+@dataclass(frozen=True)
+class RoundStarted:
+    """A round begins with these clients."""
+
+    round: int
+    participants: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClientStep:
+    """A client took a step of training."""
+
+    round: int
+    client: str
+    step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class ClientFinished:
+    """A client's update came in, or failed: ``failure`` is the reason."""
+
+    round: int
+    client: str
+    loss: float | None
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class RoundFinished:
+    """A round is complete and on disk; ``line`` is its own in metrics.jsonl. Round 0 is before any."""
+
+    round: int
+    line: Mapping[str, Any]
+
+
+Event = RunStarted | RoundStarted | ClientStep | ClientFinished | RoundFinished
+Observer = Callable[[Event], None]

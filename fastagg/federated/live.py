@@ -1,0 +1,102 @@
+"""A simulation as it is watched in a terminal: a line a round that stays, and bars that move."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fastagg.federated.events import (
+    ClientFinished,
+    ClientStep,
+    Event,
+    RoundFinished,
+    RoundStarted,
+    RunStarted,
+)
+
+
+class LiveView:
+    """An observer, inside its `with` block. Where nobody watches, it prints lines alone."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._rounds = self._bars.add_task("rounds", total=None, note="")
+        self._clients = self._bars.add_task("clients", total=None, note="")
+        self._steps = self._bars.add_task("steps", total=None, note="")
+
+    def __enter__(self) -> LiveView:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                after = f", after round {event.done}" if event.done else ""
+                self.say(f"{event.method}: {len(event.clients)} clients, {event.rounds} rounds{after}")
+                self._bars.update(
+                    self._rounds, description=event.method, total=event.rounds, completed=event.done
+                )
+            case RoundStarted():
+                self._bars.update(
+                    self._clients,
+                    description=f"round {event.round}",
+                    total=len(event.participants),
+                    completed=0,
+                )
+            case ClientStep():
+                self._bars.update(
+                    self._steps,
+                    description=escape(event.client),
+                    total=event.steps,
+                    completed=event.step,
+                    note=f"loss {event.loss:.3f}",
+                )
+            case ClientFinished():
+                self._bars.advance(self._clients)
+                if event.failure is not None:
+                    self.say(f"  round {event.round}: {event.failure}")
+            case RoundFinished():
+                self._bars.update(self._rounds, completed=event.round)
+                self.say(f"  {_sentence(event.line)}")
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def _sentence(line: Mapping[str, Any]) -> str:
+    parts = [f"round {line['round']}"]
+    if line["loss"] is not None:
+        parts.append(f"held-out loss {line['loss']:.4f}")
+    for name, field in (("exact match", "exact_match"), ("ROUGE-L", "rouge_l")):
+        if line[field] is not None:
+            parts.append(f"{name} {line[field]:.3f}")
+    if line["round"]:
+        parts.append(f"{line['participants']} clients")
+    if line["failures"]:
+        parts.append(f"{len(line['failures'])} failed")
+    parts.append(f"{sum(line['seconds'].values()):.1f} s")
+    return ", ".join(parts)

@@ -1,0 +1,155 @@
+"""The folder of one run of one method, from which it can go on after any interruption.
+
+config.toml
+metrics.jsonl                   one JSON object a line, of kind "round" or "client"
+rounds/0003/state.safetensors   the server after the round
+            adapters/NAME/      what clients are handed next, as PEFT folders
+            spectra.json, similarity.json
+            COMPLETE            empty, and written last: without it the round never was
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastagg.errors import InvalidInput
+from fastagg.federated.config import RunConfig
+
+COMPLETE = "COMPLETE"
+
+Line = Mapping[str, Any]
+
+
+class RunFolder:
+    """Reads and writes such a folder; each file appears whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def open(self, config: RunConfig, *, resume: bool) -> int:
+        """Makes the folder, or goes on with it; returns the last complete round, 0 if there is none.
+
+        What an interruption left of later rounds is removed, lines of metrics among them.
+
+        Raises:
+            InvalidInput: a folder that is there without ``resume``, or whose run had other settings.
+        """
+        if not (self.path / "config.toml").exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise self._refusal("is not empty, and no run")
+            write_whole(self.path / "config.toml", config.to_toml())
+            return 0
+        if not resume:
+            raise self._refusal("holds a run already")
+        self._check_same(RunConfig.read(self.path / "config.toml"), config)
+        write_whole(self.path / "config.toml", config.to_toml())
+        last = self.last_complete()
+        for folder in self._round_folders():
+            if int(folder.name) > last:
+                shutil.rmtree(folder)
+        if self._metrics.exists():
+            kept = [line for line in self.metrics() if line["round"] <= last]
+            self._write_metrics(kept if last else [])
+        return last
+
+    def round(self, number: int) -> Path:
+        """The folder of a round."""
+        return self.path / "rounds" / f"{number:04d}"
+
+    def begin_round(self, number: int) -> Path:
+        """An empty folder for a round; what an attempt before it left is removed."""
+        folder = self.round(number)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def complete_round(self, number: int, lines: Iterable[Line]) -> None:
+        """Adds a round's lines to the metrics and marks it complete."""
+        self.add_metrics(lines)
+        if number:
+            write_whole(self.round(number) / COMPLETE, "")
+
+    def last_complete(self) -> int:
+        """The last round that is complete, as are all before it."""
+        last = 0
+        while (self.round(last + 1) / COMPLETE).exists():
+            last += 1
+        return last
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines, as written."""
+        if not self._metrics.exists():
+            return []
+        return [json.loads(line) for line in self._metrics.read_text("utf-8").splitlines()]
+
+    def add_metrics(self, lines: Iterable[Line]) -> None:
+        """Puts lines after those that are there."""
+        self._write_metrics([*self.metrics(), *lines])
+
+    def forget_adapters(self, number: int) -> None:
+        """Removes the adapters of a round."""
+        shutil.rmtree(self.round(number) / "adapters", ignore_errors=True)
+
+    def _write_metrics(self, lines: Iterable[Line]) -> None:
+        write_whole(self._metrics, "".join(f"{json.dumps(line)}\n" for line in lines))
+
+    def _round_folders(self) -> list[Path]:
+        return sorted(path for path in (self.path / "rounds").glob("*") if path.name.isdigit())
+
+    def _check_same(self, before: RunConfig, now: RunConfig) -> None:
+        """Of a run's settings, only the number of its rounds and what it leaves may change."""
+        old, new = _flat(before.model_dump()), _flat(now.model_dump())
+        for name in sorted(old):
+            if name.startswith("output.") or name == "federation.rounds":
+                continue
+            if old[name] != new[name]:
+                raise InvalidInput(
+                    f"the run in {self.path} had another setting",
+                    field=name,
+                    expected=old[name],
+                    got=new[name],
+                    cure="Resume with the run's own settings, or choose another output.folder",
+                )
+
+    def _refusal(self, what: str) -> InvalidInput:
+        return InvalidInput(
+            f"{self.path} {what}",
+            field="output.folder",
+            cure="Go on with its run (--resume), or choose another folder",
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file beside, syncs it and renames it into place: it is there whole or as before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with made.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        made.replace(path)
+    finally:
+        made.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found

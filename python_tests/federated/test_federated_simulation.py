@@ -1,0 +1,357 @@
+"""Simulated rounds: what is written, that a resumed run has the same bits, failures, and stopping."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("peft")
+pytest.importorskip("pydantic")
+
+from fastagg.adapter import Adapter
+from fastagg.errors import FastAggError, InvalidInput
+from fastagg.federated.client import Client
+from fastagg.federated.config import RunConfig
+from fastagg.federated.events import ClientFinished, Event, RoundFinished
+from fastagg.federated.messages import ClientFailure, Handout
+from fastagg.federated.run_folder import RunFolder
+from fastagg.federated.server import TooFewUpdates
+from fastagg.federated.simulation import simulate
+from fastagg.update import ClientUpdate
+
+RANKS = (4, 2, 1)
+TIMES = ("seconds", "train_seconds")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    records = [
+        {"instruction": f"Repeat {i % 5}", "output": f"{i % 5}" * 4, "label": "abc"[i % 3]}
+        for i in range(18)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, records)))
+    small = {"hidden": 16, "feed_forward": 24, "layers": 1, "heads": 2, "steps": 2, "batch": 2}
+    return {
+        "seed": 3,
+        "model": {"device": "cpu", "embedded": small},
+        "data": {
+            "source": "jsonl",
+            "path": str(data),
+            "partition": "label",
+            "columns": {"input": "", "label": "label"},
+            "prompt": "plain",
+            "length": 24,
+            "held_out": 0.34,
+        },
+        "ranks": {"scheme": "each", "each": list(RANKS)},
+        "training": {"batch": 2, "learning_rate": 0.02},
+        "federation": {"rounds": 3},
+        "output": {"folder": str(tmp_path / "run"), "keep": "all"},
+    }
+
+
+def configured(settings: dict[str, Any], **options: object) -> RunConfig:
+    return RunConfig.of(
+        settings, {name.replace("__", "."): str(value) for name, value in options.items()}
+    )
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    found = RunFolder(folder).metrics()
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in found]
+
+
+def tensors(folder: Path) -> dict[str, bytes]:
+    return {
+        f"{path.relative_to(folder)}:{name}": tensor.numpy().tobytes()
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def assert_same_runs(one: Path, two: Path) -> None:
+    assert lines(one) == lines(two)
+    assert tensors(one).keys()
+    assert tensors(one) == tensors(two)
+
+
+def stopping_in(round: int) -> tuple[Callable[[Event], None], Callable[[], bool]]:
+    """An observer and what asks to stop after the first client of a round."""
+    seen: list[int] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, ClientFinished) and event.round == round:
+            seen.append(round)
+
+    return watch, lambda: bool(seen)
+
+
+@pytest.mark.parametrize("method", ["flora", "flexlora", "zeropad", "hetlora"])
+@pytest.mark.parametrize("optimiser", ["fedavg", "fedadam"])
+def test_a_resumed_run_has_the_same_bits(
+    settings: dict[str, Any], tmp_path: Path, method: str, optimiser: str
+) -> None:
+    options = {"federation__methods": method, "federation__optimiser": optimiser}
+    whole = configured(settings, output__folder=tmp_path / "whole", **options)
+    parts = configured(settings, output__folder=tmp_path / "parts", **options)
+    assert simulate(whole)
+    for stopped in (1, 2, 3):
+        watch, stop = stopping_in(stopped)
+        assert not simulate(parts, resume=True, observer=watch, stop=stop)
+        assert RunFolder(tmp_path / "parts" / method).last_complete() == stopped - 1
+    assert simulate(parts, resume=True)
+    assert_same_runs(tmp_path / "whole" / method, tmp_path / "parts" / method)
+
+
+def test_leftovers_of_a_round_that_is_not_complete_are_dropped(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = configured(settings)
+    assert simulate(config)
+    run = tmp_path / "run" / "flexlora"
+    shutil.copytree(run, tmp_path / "before")
+    (run / "rounds" / "0003" / "COMPLETE").unlink()
+    (run / "rounds" / "0003" / "state.safetensors").write_bytes(b"half")
+    assert simulate(config, resume=True)
+    assert_same_runs(tmp_path / "before", run)
+
+
+def test_what_a_run_leaves(settings: dict[str, Any], tmp_path: Path) -> None:
+    told: list[Event] = []
+    config = configured(settings, federation__methods="flexlora,flora")
+    assert simulate(config, observer=told.append)
+    for method in ("flexlora", "flora"):
+        run = tmp_path / "run" / method
+        found = RunFolder(run).metrics()
+        rounds = [line for line in found if line["kind"] == "round"]
+        clients = [line for line in found if line["kind"] == "client"]
+        assert [line["round"] for line in rounds] == [0, 1, 2, 3]
+        assert [(line["client"], line["rank"]) for line in clients[:3]] == list(
+            zip("abc", RANKS, strict=True)
+        )
+        assert rounds[-1]["loss"] < rounds[0]["loss"]
+        for line in rounds:
+            assert line["perplexity"] == pytest.approx(np.exp(line["loss"]))
+            own = [client for client in clients if client["round"] == line["round"]]
+            assert sum(client["bytes_up"] for client in own) == line["bytes_up"]
+            assert set(line["seconds"]) == {"train", "aggregate", "evaluate", "other"}
+        assert RunConfig.read(run / "config.toml").federation.methods == (method,)
+    events = [event for event in told if isinstance(event, RoundFinished)]
+    assert [event.round for event in events] == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_methods_begin_alike(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Same base, same first adapters, same batches: in round 1 the clients do the same."""
+    assert simulate(configured(settings, federation__methods="flora,flexlora,zeropad"))
+    first = [
+        [
+            (line["client"], line["train_loss"], line["steps"])
+            for line in lines(tmp_path / "run" / method)
+            if line["kind"] == "client" and line["round"] == 1
+        ]
+        for method in ("flora", "flexlora", "zeropad")
+    ]
+    assert first[0] == first[1] == first[2]
+    alone = configured(settings, federation__methods="zeropad", output__folder=tmp_path / "alone")
+    assert simulate(alone)
+    assert_same_runs(tmp_path / "run" / "zeropad", tmp_path / "alone" / "zeropad")
+
+
+def test_distances_and_spectra_are_those_of_the_sum(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Against float64: FLoRA's stack is dW of round 1, which FlexLoRA's clients get at their rank."""
+    assert simulate(configured(settings, federation__methods="flora,flexlora", federation__rounds=1))
+    run = tmp_path / "run"
+    stack = Adapter.load(run / "flora" / "rounds" / "0001" / "adapters" / "merged")
+    exact = {}
+    for module in stack.modules:
+        a, b = stack.factors(module)
+        exact[module] = stack.scaling(module) * b.double() @ a.double()
+    folder = run / "flexlora" / "rounds" / "0001"
+    written = json.loads((folder / "spectra.json").read_text())["modules"]
+    spectra = {module: torch.linalg.svdvals(delta) for module, delta in exact.items()}
+    norm = torch.cat([delta.flatten() for delta in exact.values()]).norm()
+    for module, values in spectra.items():
+        torch.testing.assert_close(
+            torch.tensor(written[module], dtype=torch.float64), values, rtol=0, atol=2e-6 * float(norm)
+        )
+    for line in RunFolder(run / "flexlora").metrics():
+        if line["kind"] == "client" and line["round"] == 1:
+            tail = torch.cat([values[line["rank"] :] for values in spectra.values()]).norm() / norm
+            own = Adapter.load(folder / "adapters" / line["client"])
+            error = torch.cat(
+                [(own.delta(module).double() - exact[module]).flatten() for module in exact]
+            ).norm()
+            assert line["optimal_distance"] == pytest.approx(float(tail), abs=1e-5)
+            assert line["distance"] == pytest.approx(float(error / norm), abs=1e-5)
+            assert line["distance"] == pytest.approx(line["optimal_distance"], abs=1e-5)
+
+
+def test_similarity_is_the_cosine_of_the_updates(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[ClientUpdate] = []
+    plain = Client.fit
+
+    def kept(self: Client, handout: Handout, on_step: Any = None) -> ClientUpdate:
+        sent.append(plain(self, handout, on_step))
+        return sent[-1]
+
+    monkeypatch.setattr(Client, "fit", kept)
+    assert simulate(configured(settings, federation__rounds=1))
+    file = tmp_path / "run" / "flexlora" / "rounds" / "0001" / "similarity.json"
+    table = json.loads(file.read_text())
+    flat = torch.stack(
+        [
+            torch.cat([u.adapter.delta(m).double().flatten() for m in sorted(u.adapter.modules)])
+            for u in sent
+        ]
+    )
+    flat /= flat.norm(dim=1, keepdim=True)
+    assert table["clients"] == ["a", "b", "c"]
+    torch.testing.assert_close(
+        torch.tensor(table["cosine"], dtype=torch.float64), flat @ flat.T, atol=1e-5, rtol=0
+    )
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    plain = Client.fit
+
+    def fit(self: Client, handout: Handout, on_step: Any = None) -> ClientUpdate:
+        if self.name == name:
+            raise ClientFailure(name, handout.round, "its battery is empty")
+        return plain(self, handout, on_step)
+
+    monkeypatch.setattr(Client, "fit", fit)
+
+
+def test_a_round_goes_on_without_a_client_that_fails(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, "b")
+    assert simulate(configured(settings, federation__methods="flora"))
+    found = lines(tmp_path / "run" / "flora")
+    for line in found:
+        if line["kind"] == "round" and line["round"]:
+            assert line["failures"] == {"b": "its battery is empty"}
+            assert line["participants"] == 2
+        if line["kind"] == "client" and line["round"]:
+            assert line["participated"] == (line["client"] != "b")
+
+
+def test_too_few_updates_end_the_run_or_repeat_the_round(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        failing(patched, "b")
+        with pytest.raises(TooFewUpdates):
+            simulate(configured(settings, federation__min_clients=3))
+        # Two of three are drawn, and drawn again where b is among them.
+        repeated = configured(
+            settings,
+            federation__min_clients=2,
+            federation__clients_per_round=2,
+            federation__on_too_few="repeat",
+            output__folder=tmp_path / "repeated",
+        )
+        assert simulate(repeated)
+        counted = [line["participants"] for line in lines(tmp_path / "repeated" / "flexlora")[::4]]
+        assert counted == [0, 2, 2, 2]
+        for_ever = configured(
+            settings,
+            federation__min_clients=3,
+            federation__on_too_few="repeat",
+            output__folder=tmp_path / "for ever",
+        )
+        with pytest.raises(FastAggError, match="10 attempts"):
+            simulate(for_ever)
+    assert simulate(configured(settings, federation__min_clients=3), resume=True)
+
+
+def test_a_client_that_takes_too_long_has_failed(settings: dict[str, Any]) -> None:
+    with pytest.raises(TooFewUpdates, match="longer than"):
+        simulate(configured(settings, federation__timeout=1e-9))
+
+
+def test_answers_are_generated_and_scored(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = configured(
+        settings,
+        evaluation__answers="rouge-l,exact-match",
+        evaluation__new_tokens=4,
+        federation__rounds=1,
+    )
+    assert simulate(config)
+    for line in lines(tmp_path / "run" / "flexlora"):
+        if line["kind"] == "round":
+            assert 0 <= line["exact_match"] <= line["rouge_l"] <= 1
+
+
+def test_runs_are_not_mixed_up(settings: dict[str, Any]) -> None:
+    config = configured(settings, federation__rounds=1)
+    assert simulate(config)
+    with pytest.raises(InvalidInput, match="holds a run already"):
+        simulate(config)
+    with pytest.raises(InvalidInput, match=r"training\.batch"):
+        simulate(configured(settings, training__batch=3), resume=True)
+    assert simulate(configured(settings, federation__rounds=2), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("federation__methods", "full"), ("federation__workers", 2)]
+)
+def test_what_is_not_simulated_is_refused(settings: dict[str, Any], name: str, value: object) -> None:
+    with pytest.raises(InvalidInput, match=name.replace("__", ".")):
+        simulate(configured(settings, **{name: value}))
+
+
+def test_adapters_of_the_last_round_are_kept(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert simulate(configured(settings, output__keep="last", federation__methods="flora,flexlora"))
+    for method, kept in (("flora", ["0001", "0002", "0003"]), ("flexlora", ["0003"])):
+        found = (tmp_path / "run" / method / "rounds").glob("*/adapters")
+        assert sorted(path.parent.name for path in found) == kept
+
+
+def test_a_model_and_its_tokenizer_from_a_folder(settings: dict[str, Any], tmp_path: Path) -> None:
+    """GPT-2: Conv1D modules, and no more positions than a prompt and its answer have."""
+    from tiny_models import LENGTH, gpt2
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["</s>", "<unk>", "Repeat", *"01234", *(digit * 4 for digit in "01234")]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    saved = tmp_path / "gpt2"
+    gpt2().save_pretrained(saved)
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>").save_pretrained(
+        saved
+    )
+    config = configured(
+        settings,
+        model__name=saved,
+        federation__methods="flora,flexlora",
+        data__length=LENGTH,
+        data__prompt="alpaca",
+        evaluation__answers="rouge-l",
+        evaluation__new_tokens=8,
+    )
+    assert simulate(config)
+    for method in ("flora", "flexlora"):
+        losses = [row["loss"] for row in lines(tmp_path / "run" / method) if row["kind"] == "round"]
+        assert losses[-1] < losses[0]
+
+
+def test_rounds_between_evaluations_have_no_losses(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert simulate(configured(settings, evaluation__every=2, evaluation__distance="false"))
+    found = lines(tmp_path / "run" / "flexlora")
+    losses = [line["loss"] is None for line in found if line["kind"] == "round"]
+    assert losses == [False, True, False, False]
+    assert all(line["distance"] is None for line in found if line["kind"] == "client")
+    assert not list((tmp_path / "run").rglob("spectra.json"))
