@@ -91,12 +91,32 @@ def simulate(
     if not done:
         say("interrupted; --resume goes on after the last complete round")
         raise typer.Exit(INTERRUPTED)
+    folder = Path(wanted.output.folder)
+    runs = [folder / method for method in wanted.federation.methods]
+    report = folder / "report.html" if wanted.output.plots else None
+    if report is not None:
+        _draw(runs, report)
     if json_output:
         last = {}
-        for method in wanted.federation.methods:
-            lines = RunFolder(Path(wanted.output.folder) / method).metrics()
-            last[method] = [line for line in lines if line["kind"] == "round"][-1]
-        print_json({"folder": wanted.output.folder, "methods": last})
+        for run in runs:
+            lines = RunFolder(run).metrics()
+            last[run.name] = [line for line in lines if line["kind"] == "round"][-1]
+        written = None if report is None else str(report)
+        print_json({"folder": str(folder), "methods": last, "report": written})
+    elif report is not None:
+        typer.echo(f"report: {report}")
+
+
+def _draw(folders: list[Path], report: Path) -> None:
+    """Each run's plots and page, and one page of them all."""
+    from fastagg.federated.html_report import write_report
+    from fastagg.federated.plots import write_plots
+    from fastagg.federated.recorded_run import read_runs
+
+    for folder, run in zip(folders, read_runs(folders), strict=True):
+        write_plots(run, folder / "plots")
+        write_report([folder], folder / "report.html")
+    write_report(folders, report)
 
 
 def _parsed(settings: list[str]) -> dict[str, str]:

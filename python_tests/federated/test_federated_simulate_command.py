@@ -65,6 +65,21 @@ def test_options_win_over_the_file(config: Path) -> None:
     assert result.stdout.count("round 2, held-out loss ") == 2
 
 
+def test_a_finished_run_is_drawn(config: Path) -> None:
+    result = simulated(config, "--methods", "flora,flexlora", "--rounds", "2")
+    assert result.exit_code == 0, result.output
+    out = config.parent / "out"
+    assert f"report: {out / 'report.html'}" in result.stdout.replace("\n", "")
+    for method in ("flora", "flexlora"):
+        assert method in (out / "report.html").read_text()
+        plots = sorted((out / method / "plots").glob("*.png"))
+        assert plots and all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
+        assert (out / method / "report.html").stat().st_size > 10_000
+    assert simulated(config, "--rounds", "3", "--methods", "flora", "--resume").exit_code == 0
+    plain = simulated(config, "--rounds", "1", "--set", "output.plots=false", "--out", str(out / "b"))
+    assert plain.exit_code == 0 and not list((out / "b").rglob("*.html"))
+
+
 def test_json_is_the_last_round_of_each_method(config: Path) -> None:
     result = simulated(config, "--rounds", "1", "--json")
     assert result.exit_code == 0, result.output
