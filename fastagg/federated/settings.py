@@ -340,5 +340,3 @@ class OutputSection(Section):
     folder: str = Field("run", min_length=1, description="The run's folder.")
     keep: Literal["last", "all"] = Field("last", description="Adapters of which rounds are kept.")
     plots: bool = Field(True, description="Draw PNGs and write report.html.")
-    tensorboard: bool = Field(False, description="Also write events for TensorBoard.")
-    wandb: bool = Field(False, description="Also report to Weights & Biases.")
