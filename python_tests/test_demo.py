@@ -21,10 +21,10 @@ pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from fastagg import FastAggError  # noqa: E402
-from fastagg.demo import corpus  # noqa: E402
 from fastagg.demo.outcome import MethodOutcome, Outcome  # noqa: E402
 from fastagg.demo.run import run_demo  # noqa: E402
 from fastagg.demo.settings import FULL, METHODS, QUICK  # noqa: E402
+from fastagg.federated.data import corpus  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

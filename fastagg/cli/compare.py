@@ -15,7 +15,7 @@ from fastagg.cli.printing import console, print_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fastagg.federated.compare import Comparison
+    from fastagg.federated.report.compare import Comparison
 
 
 @command
@@ -47,13 +47,13 @@ def compare(
 
     Reads their folders alone. The files of --plot and --report are replaced.
     """
-    from fastagg.federated.compare import compare as compared
+    from fastagg.federated.report.compare import compare as compared
 
     comparison = compared(runs)
     written = [plot] if comparison.write_plot(plot) else []
     if report is not None:
-        from fastagg.federated.html_report import report as page
-        from fastagg.federated.run_folder import write_whole
+        from fastagg.federated.report.html_report import report as page
+        from fastagg.federated.simulation.run_folder import write_whole
 
         write_whole(report, page(comparison))
         written.append(report)
@@ -81,7 +81,7 @@ def _runs_table(comparison: Comparison) -> Table:
     from rich.markup import escape
 
     from fastagg.cli.tables import table
-    from fastagg.federated.run_summary import columns_for
+    from fastagg.federated.report.run_summary import columns_for
 
     columns = columns_for(comparison.summaries)
     made = table(

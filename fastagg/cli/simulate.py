@@ -66,10 +66,10 @@ def simulate(
     """
     from rich.console import Console
 
-    from fastagg.federated import simulation
-    from fastagg.federated.config import RunConfig
-    from fastagg.federated.live import LiveView
-    from fastagg.federated.run_folder import RunFolder
+    from fastagg.federated.simulation.config import RunConfig
+    from fastagg.federated.simulation.live import LiveView
+    from fastagg.federated.simulation.run_folder import RunFolder
+    from fastagg.federated.simulation.simulate import simulate as run_simulation
 
     named = {
         "federation.methods": methods,
@@ -85,7 +85,7 @@ def simulate(
     wanted = RunConfig.read(config, options | _parsed(settings or []))
     try:
         with _asked_to_stop() as stop, LiveView(Console(stderr=json_output)) as view:
-            done = simulation.simulate(wanted, resume=resume, observer=view, stop=stop)
+            done = run_simulation(wanted, resume=resume, observer=view, stop=stop)
     except KeyboardInterrupt:
         done = False
     if not done:
@@ -109,9 +109,9 @@ def simulate(
 
 def _draw(folders: list[Path], report: Path) -> None:
     """Each run's plots and page, and one page of them all."""
-    from fastagg.federated.html_report import write_report
-    from fastagg.federated.plots import write_plots
-    from fastagg.federated.recorded_run import read_runs
+    from fastagg.federated.report.html_report import write_report
+    from fastagg.federated.report.plots import write_plots
+    from fastagg.federated.report.recorded_run import read_runs
 
     for folder, run in zip(folders, read_runs(folders), strict=True):
         write_plots(run, folder / "plots")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastagg.demo.corpus import ClientText
-from fastagg.demo.model import loss_on, train
 from fastagg.demo.settings import Settings
+from fastagg.federated.clients.llama import loss_on, train
+from fastagg.federated.data.corpus import ClientText
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fastagg.demo.clients import Client, deltas, loaded
-from fastagg.demo.model import loss_on
 from fastagg.demo.outcome import HandOut, MethodOutcome
 from fastagg.demo.reference import Exact
 from fastagg.errors import InvalidInput
+from fastagg.federated.clients.llama import loss_on
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

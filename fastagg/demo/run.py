@@ -15,8 +15,6 @@ import torch
 from rich.console import Console
 
 from fastagg.demo.clients import Client, deltas, loaded, train_client
-from fastagg.demo.corpus import ClientText, client_texts, language_reference
-from fastagg.demo.model import loss_on, new_llama, train
 from fastagg.demo.outcome import MethodOutcome, Outcome
 from fastagg.demo.progress import Stages
 from fastagg.demo.reference import Exact
@@ -24,6 +22,8 @@ from fastagg.demo.rounds import loss_with, run_round
 from fastagg.demo.settings import FULL, METHODS, QUICK, Settings
 from fastagg.demo.table import clients_table, methods_table, refusals
 from fastagg.errors import FastAggError
+from fastagg.federated.clients.llama import loss_on, new_llama, train
+from fastagg.federated.data.corpus import ClientText, client_texts, language_reference
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastagg.demo.model import Shape, Training
+from fastagg.federated.clients.llama import Shape, Training
 
 METHODS = ("flora", "flexlora", "fedit", "zeropad", "hetlora")
 

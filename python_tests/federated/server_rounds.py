@@ -9,7 +9,7 @@ from adapters import same_bits
 from equations import SAVED, SHAPES, Client, client, exact, norm_shares, padded_means, shares
 
 from fastagg import Adapter, ClientUpdate
-from fastagg.federated.server import RoundOutcome, Server
+from fastagg.federated.server.server import RoundOutcome, Server
 
 # Fewer and smaller than SHAPES: a server's rounds are many.
 MODULES = dict(list(SHAPES.items())[1:3])

@@ -18,10 +18,10 @@ from typer.testing import CliRunner, Result
 
 from fastagg.cli.app import app
 from fastagg.errors import InvalidInput
-from fastagg.federated.compare import compare
-from fastagg.federated.metrics import read_metrics
-from fastagg.federated.recorded_run import read_runs
-from fastagg.federated.run_summary import summarise
+from fastagg.federated.report.compare import compare
+from fastagg.federated.report.metrics import read_metrics
+from fastagg.federated.report.recorded_run import read_runs
+from fastagg.federated.report.run_summary import summarise
 
 RANKS = {"a": 8, "b": 4}
 
@@ -198,7 +198,8 @@ def test_reading_runs_needs_no_live_objects(tmp_path: Path) -> None:
 
     folder = whole_run(tmp_path / "flora", rounds=2)
     script = (
-        "import sys; from pathlib import Path; from fastagg.federated.html_report import write_report\n"
+        "import sys; from pathlib import Path\n"
+        "from fastagg.federated.report.html_report import write_report\n"
         f"write_report([Path({str(folder)!r})], Path({str(tmp_path / 'r.html')!r}))\n"
         "assert not {'transformers', 'peft', 'datasets', 'matplotlib.pyplot'} & set(sys.modules)"
     )

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastagg.errors import InvalidInput
-from fastagg.federated.config import RunConfig, all_settings
-from fastagg.federated.prompt import TEMPLATES
-from fastagg.federated.ranks import FLEXLORA_TYPES, SHARES
-from fastagg.federated.settings import RanksSection
-from fastagg.federated.training import LocalTraining
+from fastagg.federated.clients.ranks import FLEXLORA_TYPES, SHARES
+from fastagg.federated.clients.training import LocalTraining
+from fastagg.federated.data.prompt import TEMPLATES
+from fastagg.federated.simulation.config import RunConfig, all_settings
+from fastagg.federated.simulation.settings import RanksSection
 from fastagg.methods import names
 
 
@@ -58,7 +58,7 @@ def test_toml_written_is_the_same_configuration(settings: dict[str, Any]) -> Non
 
 
 def _loads(text: str) -> dict[str, Any]:
-    from fastagg.federated.config import tomllib
+    from fastagg.federated.simulation.config import tomllib
 
     loaded: dict[str, Any] = tomllib.loads(text)
     return loaded

@@ -12,7 +12,10 @@ from server_rounds import fresh, trained
 pytest.importorskip("peft")
 pytest.importorskip("rouge_score")
 
-from fastagg.federated.evaluation import (
+from fastagg.federated.clients.token_loss import TokenLoss
+from fastagg.federated.data.examples import Example
+from fastagg.federated.data.prompt import TEMPLATES, ByteTokeniser
+from fastagg.federated.simulation.evaluation import (
     distance,
     mean_answers,
     perplexity,
@@ -21,9 +24,6 @@ from fastagg.federated.evaluation import (
     spectra,
     together,
 )
-from fastagg.federated.examples import Example
-from fastagg.federated.prompt import TEMPLATES, ByteTokeniser
-from fastagg.federated.token_loss import TokenLoss
 
 
 def test_losses_weigh_tokens_alike() -> None:

@@ -10,7 +10,7 @@ import natural_instructions
 import pytest
 
 from fastagg.errors import InvalidInput
-from fastagg.federated.examples import (
+from fastagg.federated.data.examples import (
     ClientData,
     Columns,
     Example,

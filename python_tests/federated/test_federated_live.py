@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from fastagg.federated.events import (
+from fastagg.federated.simulation.events import (
     ClientFinished,
     ClientStep,
     Event,
@@ -15,7 +15,7 @@ from fastagg.federated.events import (
     RoundStarted,
     RunStarted,
 )
-from fastagg.federated.live import LiveView
+from fastagg.federated.simulation.live import LiveView
 
 LINE = {
     "round": 1,

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tiny_models import PROJECTIONS, disturb, gpt2, gpt2_lora, llama, logits, lora, peft
 
 import fastagg
-from fastagg.demo.model import Shape, Training
 from fastagg.errors import FastAggError, InvalidInput
-from fastagg.federated.fresh_factors import _normal, _uniform, ranks_of
-from fastagg.federated.local_model import LocalModel
+from fastagg.federated.clients.fresh_factors import _normal, _uniform, ranks_of
+from fastagg.federated.clients.llama import Shape, Training
+from fastagg.federated.clients.local_model import LocalModel
 
 CASES = {
     "tied llama": (llama, lora(5)),

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastagg.errors import InvalidInput
-from fastagg.federated.examples import Example
-from fastagg.federated.partition import Shares, as_clients, by_label, dirichlet, iid
+from fastagg.federated.data.examples import Example
+from fastagg.federated.data.partition import Shares, as_clients, by_label, dirichlet, iid
 
 
 def labelled(count: int, labels: int = 4) -> list[Example]:

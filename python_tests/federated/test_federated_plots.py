@@ -20,9 +20,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from recorded_folders import client_row, round_row, rows_of, spectra_of, whole_run, write_run
 
-from fastagg.federated.loss_plot import loss_figure
-from fastagg.federated.plot_style import DARK, LIGHT, plain, png
-from fastagg.federated.plots import (
+from fastagg.federated.report.loss_plot import loss_figure
+from fastagg.federated.report.plot_style import DARK, LIGHT, plain, png
+from fastagg.federated.report.plots import (
     PLOTS,
     bytes_figure,
     seconds_figure,
@@ -30,7 +30,7 @@ from fastagg.federated.plots import (
     spectra_figure,
     write_plots,
 )
-from fastagg.federated.recorded_run import RecordedRun, read_runs
+from fastagg.federated.report.recorded_run import RecordedRun, read_runs
 
 HOSTILE = {"<script>x</script>": 8, "_hidden": 4, "$a^{$": 2, "a" * 70: 1, "two\nlines": 8}
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastagg.errors import InvalidInput
-from fastagg.federated.examples import Example, read_clients
-from fastagg.federated.prompt import (
+from fastagg.federated.clients.token_loss import IGNORED, require_labels
+from fastagg.federated.data.examples import Example, read_clients
+from fastagg.federated.data.prompt import (
     TEMPLATES,
     ByteTokeniser,
     PretrainedTokeniser,
@@ -19,7 +20,6 @@ from fastagg.federated.prompt import (
     encode,
     encode_prompt,
 )
-from fastagg.federated.token_loss import IGNORED, require_labels
 
 PLAIN = TEMPLATES["plain"]
 BYTES = ByteTokeniser()
@@ -113,7 +113,7 @@ def test_tokenizers_without_an_end_are_refused() -> None:
 
 
 def test_loss_of_the_model_is_that_of_the_answer_given_the_prompt() -> None:
-    from fastagg.demo.model import Shape, new_llama
+    from fastagg.federated.clients.llama import Shape, new_llama
 
     model = new_llama(Shape(16, 16, 1, 2), length=64, seed=0).eval()
     encoded = encode(EXAMPLE, PLAIN, BYTES, 64)

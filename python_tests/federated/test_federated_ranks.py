@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastagg.demo.model import Shape, new_llama
 from fastagg.errors import InvalidInput
-from fastagg.federated.ranks import (
+from fastagg.federated.clients.llama import Shape, new_llama
+from fastagg.federated.clients.ranks import (
     FEED_FORWARD,
     FLEXLORA_TYPES,
     SHARES,

@@ -15,7 +15,7 @@ pytest.importorskip("pydantic")
 from recorded_folders import round_row, rows_of, whole_run, write_run
 
 from fastagg.errors import InvalidInput
-from fastagg.federated.html_report import write_report
+from fastagg.federated.report.html_report import write_report
 
 VOID = {"meta", "img", "source", "br"}
 

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("pydantic")
 
 from fastagg.errors import InvalidInput
-from fastagg.federated.config import RunConfig
-from fastagg.federated.run_folder import RunFolder, write_whole
+from fastagg.federated.simulation.config import RunConfig
+from fastagg.federated.simulation.run_folder import RunFolder, write_whole
 
 CONFIG = RunConfig()
 

@@ -37,8 +37,8 @@ from server_rounds import (
 from fastagg import Adapter, ClientUpdate, MemoryBudgetExceeded, methods
 from fastagg.errors import InvalidInput
 from fastagg.federated.messages import ClientFailure
-from fastagg.federated.server import Server, TooFewUpdates
-from fastagg.federated.server_optimisers import FedAdam, FedAvg, FedAvgM
+from fastagg.federated.server.server import Server, TooFewUpdates
+from fastagg.federated.server.server_optimisers import FedAdam, FedAvg, FedAvgM
 
 EQUAL = dict.fromkeys(RANKS, 4)
 

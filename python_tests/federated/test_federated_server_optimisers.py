@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastagg.errors import InvalidInput
-from fastagg.federated.server_optimisers import (
+from fastagg.federated.server.server_optimisers import (
     OPTIMISERS,
     FedAdam,
     FedAvg,

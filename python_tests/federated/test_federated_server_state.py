@@ -13,8 +13,8 @@ from server_rounds import MODULES, RANKS, assert_same_hand_outs, fresh, play, tr
 
 from fastagg import methods
 from fastagg.errors import InvalidInput
-from fastagg.federated.server import Server
-from fastagg.federated.server_optimisers import FedAdam, FedAvgM, FedYogi, ServerOptimiser
+from fastagg.federated.server.server import Server
+from fastagg.federated.server.server_optimisers import FedAdam, FedAvgM, FedYogi, ServerOptimiser
 
 OPTIMISERS: dict[str, ServerOptimiser | None] = {
     "none": None,

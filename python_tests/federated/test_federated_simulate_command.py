@@ -14,10 +14,10 @@ pytest.importorskip("peft")
 pytest.importorskip("pydantic")
 
 from fastagg.cli.app import app
-from fastagg.federated.client import Client
-from fastagg.federated.config import RunConfig
+from fastagg.federated.clients.client import Client
 from fastagg.federated.messages import Handout
-from fastagg.federated.run_folder import RunFolder
+from fastagg.federated.simulation.config import RunConfig
+from fastagg.federated.simulation.run_folder import RunFolder
 from fastagg.update import ClientUpdate
 
 SETTINGS = """

@@ -18,13 +18,13 @@ pytest.importorskip("pydantic")
 
 from fastagg.adapter import Adapter
 from fastagg.errors import FastAggError, InvalidInput
-from fastagg.federated.client import Client
-from fastagg.federated.config import RunConfig
-from fastagg.federated.events import ClientFinished, Event, RoundFinished
+from fastagg.federated.clients.client import Client
 from fastagg.federated.messages import ClientFailure, Handout
-from fastagg.federated.run_folder import RunFolder
-from fastagg.federated.server import TooFewUpdates
-from fastagg.federated.simulation import simulate
+from fastagg.federated.server.server import TooFewUpdates
+from fastagg.federated.simulation.config import RunConfig
+from fastagg.federated.simulation.events import ClientFinished, Event, RoundFinished
+from fastagg.federated.simulation.run_folder import RunFolder
+from fastagg.federated.simulation.simulate import simulate
 from fastagg.update import ClientUpdate
 
 RANKS = (4, 2, 1)

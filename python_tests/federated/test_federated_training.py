@@ -16,9 +16,15 @@ from tiny_models import LENGTH, Tokens, examples, gpt2, gpt2_lora, llama, lora, 
 from torch.nn.functional import cross_entropy
 
 from fastagg.errors import InvalidInput
-from fastagg.federated.local_model import LocalModel
-from fastagg.federated.token_loss import IGNORED, Batch, TokenLoss, loss_on, summed_loss
-from fastagg.federated.training import LocalTraining, Step, TrainingDiverged, TrainingOutcome, fit
+from fastagg.federated.clients.local_model import LocalModel
+from fastagg.federated.clients.token_loss import IGNORED, Batch, TokenLoss, loss_on, summed_loss
+from fastagg.federated.clients.training import (
+    LocalTraining,
+    Step,
+    TrainingDiverged,
+    TrainingOutcome,
+    fit,
+)
 
 STEADY = LocalTraining(epochs=None, steps=4, batch=4, learning_rate=1e-2, schedule="constant", warm_up=0)
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fastagg.adapter import Adapter
-from fastagg.demo.corpus import language_reference
-from fastagg.demo.model import Shape, Training, new_llama, train
 from fastagg.errors import FastAggError, InvalidInput
-from fastagg.federated.placement import ADAPTER, placed, require_same_tensors
+from fastagg.federated.clients.llama import Shape, Training, new_llama, train
+from fastagg.federated.clients.placement import ADAPTER, placed, require_same_tensors
+from fastagg.federated.data.corpus import language_reference
 from fastagg.federated.seeds import seed_of, seeded
 from fastagg.peft_format.config import AdapterConfig
 from fastagg.update import ClientUpdate

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastagg.errors import FastAggError
-from fastagg.federated.token_loss import Encoded, loss_on, require_labels
+from fastagg.federated.clients.token_loss import Encoded, loss_on, require_labels
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from fastagg.federated.loss_plot import loss_figure
-from fastagg.federated.metrics import Seconds
-from fastagg.federated.plot_style import (
+from fastagg.federated.report.loss_plot import loss_figure
+from fastagg.federated.report.metrics import Seconds
+from fastagg.federated.report.plot_style import (
     LIGHT,
     LINES,
     LineStyle,
@@ -35,7 +35,7 @@ from fastagg.federated.plot_style import (
     title,
     whole_rounds,
 )
-from fastagg.federated.recorded_run import RecordedRun
+from fastagg.federated.report.recorded_run import RecordedRun
 
 # Of more rounds than these, bars are too thin to see.
 _BARS = 40

@@ -16,12 +16,18 @@ from torch import nn
 
 from fastagg.adapter import Adapter
 from fastagg.errors import FastAggError, InvalidInput
-from fastagg.federated import evaluation
-from fastagg.federated.client import Client
-from fastagg.federated.cohort import Cohort
-from fastagg.federated.config import RunConfig
-from fastagg.federated.evaluation import Answers, Distance
-from fastagg.federated.events import (
+from fastagg.federated.clients.client import Client
+from fastagg.federated.clients.token_loss import TokenLoss, loss_on
+from fastagg.federated.clients.training import Step
+from fastagg.federated.messages import ClientFailure
+from fastagg.federated.seeds import seed_of
+from fastagg.federated.server.server import RoundOutcome, Server
+from fastagg.federated.server.server_optimisers import FedAdam, FedAvg, FedAvgM, FedYogi, ServerOptimiser
+from fastagg.federated.simulation import evaluation
+from fastagg.federated.simulation.cohort import Cohort
+from fastagg.federated.simulation.config import RunConfig
+from fastagg.federated.simulation.evaluation import Answers, Distance
+from fastagg.federated.simulation.events import (
     ClientFinished,
     ClientStep,
     Observer,
@@ -29,14 +35,8 @@ from fastagg.federated.events import (
     RoundStarted,
     RunStarted,
 )
-from fastagg.federated.messages import ClientFailure
-from fastagg.federated.run_folder import Line, RunFolder, write_whole
-from fastagg.federated.seeds import seed_of
-from fastagg.federated.server import RoundOutcome, Server
-from fastagg.federated.server_optimisers import FedAdam, FedAvg, FedAvgM, FedYogi, ServerOptimiser
-from fastagg.federated.settings import REFERENCES
-from fastagg.federated.token_loss import TokenLoss, loss_on
-from fastagg.federated.training import Step
+from fastagg.federated.simulation.run_folder import Line, RunFolder, write_whole
+from fastagg.federated.simulation.settings import REFERENCES
 from fastagg.update import ClientUpdate
 
 MOST_ATTEMPTS = 10  # training repeats bit for bit: a round of the same clients would fail for ever

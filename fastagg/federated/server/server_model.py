@@ -25,7 +25,7 @@ import torch
 
 from fastagg import Adapter, Aggregate, truncated_svd
 from fastagg.errors import InvalidInput
-from fastagg.federated.server_optimisers import ServerOptimiser
+from fastagg.federated.server.server_optimisers import ServerOptimiser
 from fastagg.peft_format.layout import Slot
 
 __all__ = ["Rules", "ServerModel"]

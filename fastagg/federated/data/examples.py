@@ -1,7 +1,7 @@
 """What clients train on: examples of an instruction, an input and an output, from files and data sets.
 
 A folder of JSONL files is one client a file; everything else is one list of examples, which
-:mod:`fastagg.federated.partition` shares out.
+:mod:`fastagg.federated.data.partition` shares out.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastagg.demo.corpus import PACKAGES, docstrings
 from fastagg.errors import InvalidInput, short
+from fastagg.federated.data.corpus import PACKAGES, docstrings
 from fastagg.federated.seeds import seed_of
 
 HeldOut = Literal["test", "eval"]

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from fastagg.federated.compare import Comparison, compare
-from fastagg.federated.loss_plot import loss_figure
-from fastagg.federated.metrics import ClientRow
-from fastagg.federated.plot_style import DARK, LIGHT, Theme, png
-from fastagg.federated.plots import PLOTS
-from fastagg.federated.recorded_run import RecordedRun
-from fastagg.federated.run_folder import write_whole
-from fastagg.federated.run_summary import MISSING, columns_for, last, number
+from fastagg.federated.report.compare import Comparison, compare
+from fastagg.federated.report.loss_plot import loss_figure
+from fastagg.federated.report.metrics import ClientRow
+from fastagg.federated.report.plot_style import DARK, LIGHT, Theme, png
+from fastagg.federated.report.plots import PLOTS
+from fastagg.federated.report.recorded_run import RecordedRun
+from fastagg.federated.report.run_summary import MISSING, columns_for, last, number
+from fastagg.federated.simulation.run_folder import write_whole
 
 # The policy holds the page to its own content, whatever a client calls itself.
 _HEAD = """<!doctype html>
@@ -56,7 +56,7 @@ def write_report(paths: Sequence[Path], file: Path) -> None:
     """Writes the report of one run, or of several side by side; whole or not at all.
 
     Args:
-        paths: as :func:`fastagg.federated.recorded_run.read_runs` takes them.
+        paths: as :func:`fastagg.federated.report.recorded_run.read_runs` takes them.
 
     Raises:
         InvalidInput: see there.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastagg.demo.corpus import SEPARATOR
+from fastagg.federated.data.corpus import SEPARATOR
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastagg.errors import InvalidInput, short
-from fastagg.federated.registry import Registry, check_alike
-from fastagg.federated.server_model import Rules, ServerModel
-from fastagg.federated.server_optimisers import ServerOptimiser
+from fastagg.federated.server.registry import Registry, check_alike
+from fastagg.federated.server.server_model import Rules, ServerModel
+from fastagg.federated.server.server_optimisers import ServerOptimiser
 
 __all__ = ["State", "dump", "identity", "load", "read", "write"]
 

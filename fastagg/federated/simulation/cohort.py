@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastagg.adapter import Adapter
-from fastagg.demo.model import Shape, Training
 from fastagg.errors import InvalidInput
-from fastagg.federated import examples, partition, ranks
-from fastagg.federated.client import Client
-from fastagg.federated.config import RunConfig
-from fastagg.federated.examples import ClientData, Columns, Example
-from fastagg.federated.local_model import LocalModel
-from fastagg.federated.prompt import ByteTokeniser, PretrainedTokeniser, Tokeniser, encode
-from fastagg.federated.ranks import ClientRanks
+from fastagg.federated.clients import ranks
+from fastagg.federated.clients.client import Client
+from fastagg.federated.clients.llama import Shape, Training
+from fastagg.federated.clients.local_model import LocalModel
+from fastagg.federated.clients.ranks import ClientRanks
+from fastagg.federated.clients.training import LocalTraining
+from fastagg.federated.data import examples, partition
+from fastagg.federated.data.examples import ClientData, Columns, Example
+from fastagg.federated.data.prompt import ByteTokeniser, PretrainedTokeniser, Tokeniser, encode
 from fastagg.federated.seeds import seed_of
-from fastagg.federated.training import LocalTraining
+from fastagg.federated.simulation.config import RunConfig
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastagg.errors import InvalidInput
-from fastagg.federated.examples import ClientData, Example, file_name, split
+from fastagg.federated.data.examples import ClientData, Example, file_name, split
 from fastagg.federated.seeds import seed_of
 
 Shares = dict[str, tuple[Example, ...]]

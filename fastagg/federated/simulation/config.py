@@ -13,7 +13,7 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from fastagg.errors import InvalidInput, short
-from fastagg.federated.settings import (
+from fastagg.federated.simulation.settings import (
     DataSection,
     EvaluationSection,
     FederationSection,

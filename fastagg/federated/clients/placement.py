@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastagg.adapter import Adapter
 from fastagg.errors import InvalidInput
-from fastagg.federated.fresh_factors import draw_factors
+from fastagg.federated.clients.fresh_factors import draw_factors
 from fastagg.federated.seeds import seeded
 from fastagg.peft_format.config import AdapterConfig
 

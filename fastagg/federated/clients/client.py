@@ -11,11 +11,17 @@ from torch import nn
 
 from fastagg.adapter import Adapter
 from fastagg.errors import InvalidInput
-from fastagg.federated.local_model import LocalModel
+from fastagg.federated.clients.local_model import LocalModel
+from fastagg.federated.clients.token_loss import Encoded
+from fastagg.federated.clients.training import (
+    LocalTraining,
+    Step,
+    TrainingDiverged,
+    TrainingOutcome,
+    fit,
+)
 from fastagg.federated.messages import ClientFailure, Handout
 from fastagg.federated.seeds import seed_of
-from fastagg.federated.token_loss import Encoded
-from fastagg.federated.training import LocalTraining, Step, TrainingDiverged, TrainingOutcome, fit
 from fastagg.update import ClientUpdate
 
 

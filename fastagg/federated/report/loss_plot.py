@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from fastagg.federated.plot_style import (
+from fastagg.federated.report.plot_style import (
     LIGHT,
     LINES,
     MARKERS,
@@ -23,8 +23,8 @@ from fastagg.federated.plot_style import (
     title,
     whole_rounds,
 )
-from fastagg.federated.recorded_run import RecordedRun
-from fastagg.federated.run_summary import quartiles
+from fastagg.federated.report.recorded_run import RecordedRun
+from fastagg.federated.report.run_summary import quartiles
 
 
 def loss_figure(runs: Sequence[RecordedRun], theme: Theme = LIGHT) -> Figure | None:

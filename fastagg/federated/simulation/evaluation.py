@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fastagg import ops
 from fastagg.adapter import Adapter
-from fastagg.federated.examples import Example
-from fastagg.federated.prompt import PromptTemplate, Tokeniser, encode_prompt
-from fastagg.federated.token_loss import TokenLoss
+from fastagg.federated.clients.token_loss import TokenLoss
+from fastagg.federated.data.examples import Example
+from fastagg.federated.data.prompt import PromptTemplate, Tokeniser, encode_prompt
 from fastagg.update import ClientUpdate
 
 

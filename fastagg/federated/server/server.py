@@ -12,11 +12,11 @@ import torch
 
 from fastagg import Adapter, Aggregate, Aggregator, ClientUpdate
 from fastagg.errors import FastAggError, InvalidInput, short
-from fastagg.federated import server_state
 from fastagg.federated.messages import ClientFailure, Handout
-from fastagg.federated.registry import Registry
-from fastagg.federated.server_model import Rules, ServerModel
-from fastagg.federated.server_optimisers import FedAvg, ServerOptimiser
+from fastagg.federated.server import server_state
+from fastagg.federated.server.registry import Registry
+from fastagg.federated.server.server_model import Rules, ServerModel
+from fastagg.federated.server.server_optimisers import FedAvg, ServerOptimiser
 from fastagg.method import Method
 from fastagg.rounds.options import check_choice, parse_device
 
@@ -83,7 +83,7 @@ class Server:
             configuration and dtypes are those of every adapter that the client is handed, and of
             every update that it may send (whose dtypes and keys' prefix are free). Its numbers
             matter only in modules that no client has trained yet: with B = 0 they change nothing.
-        optimiser: the server's, see :mod:`fastagg.federated.server_optimisers`.
+        optimiser: the server's, see :mod:`fastagg.federated.server.server_optimisers`.
         min_clients: with fewer usable updates, a round does not count.
         on_too_few: what happens then: "end" raises TooFewUpdates, "repeat" returns an outcome
             without an aggregate, and the round is to be started again.

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fastagg.errors import InvalidInput
-from fastagg.federated.early_stopping import EarlyStopping, HeldOutLoss, TrainingDiverged
+from fastagg.federated.clients.early_stopping import EarlyStopping, HeldOutLoss, TrainingDiverged
+from fastagg.federated.clients.token_loss import Batch, Encoded, require_labels, summed_loss
 from fastagg.federated.seeds import seed_of, seeded
-from fastagg.federated.token_loss import Batch, Encoded, require_labels, summed_loss
 
 __all__ = ["LocalTraining", "Schedule", "Step", "TrainingDiverged", "TrainingOutcome", "fit"]
 

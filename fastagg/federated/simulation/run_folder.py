@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastagg.errors import InvalidInput
-from fastagg.federated.config import RunConfig
+from fastagg.federated.simulation.config import RunConfig
 
 COMPLETE = "COMPLETE"
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError, model_validator
 
 from fastagg.errors import InvalidInput
-from fastagg.federated.metrics import ClientRow, RoundRow, read_metrics
+from fastagg.federated.report.metrics import ClientRow, RoundRow, read_metrics
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -93,7 +93,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[RecordedRun, ...]:
         paths: run folders, or folders of run folders (such as one that holds a run per method).
 
     Raises:
-        InvalidInput: a path that is neither, or see :func:`fastagg.federated.metrics.read_metrics`.
+        InvalidInput: a path that is neither, or metrics that cannot be read.
     """
     folders = list(dict.fromkeys(folder.resolve() for path in paths for folder in _run_folders(path)))
     return tuple(_read(folder, label) for folder, label in zip(folders, _labels(folders), strict=True))

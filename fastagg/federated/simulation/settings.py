@@ -22,8 +22,8 @@ from pydantic import (
 
 from fastagg.byte_sizes import parse_bytes
 from fastagg.errors import InvalidInput
-from fastagg.federated.prompt import TEMPLATES, PromptTemplate
-from fastagg.federated.ranks import FEED_FORWARD, ClientRanks, Distribution
+from fastagg.federated.clients.ranks import FEED_FORWARD, ClientRanks, Distribution
+from fastagg.federated.data.prompt import TEMPLATES, PromptTemplate
 from fastagg.methods import names
 
 if sys.version_info >= (3, 11):

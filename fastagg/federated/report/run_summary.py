@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from fastagg.byte_sizes import format_bytes
-from fastagg.federated.recorded_run import RecordedRun
+from fastagg.federated.report.recorded_run import RecordedRun
 
 MISSING = "–"
 

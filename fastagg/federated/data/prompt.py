@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from fastagg.demo.corpus import SEPARATOR
 from fastagg.errors import InvalidInput
-from fastagg.federated.examples import Example
-from fastagg.federated.token_loss import IGNORED
+from fastagg.federated.data.corpus import SEPARATOR
+from fastagg.federated.data.examples import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the label of a token that counts in no loss, as in torch and transformers
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastagg.federated.loss_plot import loss_figure
-from fastagg.federated.plot_style import png
-from fastagg.federated.recorded_run import RecordedRun, read_runs
-from fastagg.federated.run_summary import RunSummary, summarise
+from fastagg.federated.report.loss_plot import loss_figure
+from fastagg.federated.report.plot_style import png
+from fastagg.federated.report.recorded_run import RecordedRun, read_runs
+from fastagg.federated.report.run_summary import RunSummary, summarise
 
 # Where a run is written, and which methods ran beside it, is no difference between what they did.
 _NO_DIFFERENCE = ("output.", "federation.methods")
@@ -53,6 +53,6 @@ class Comparison:
 
 
 def compare(paths: Sequence[Path]) -> Comparison:
-    """Reads the runs; see :func:`fastagg.federated.recorded_run.read_runs`."""
+    """Reads the runs; see :func:`fastagg.federated.report.recorded_run.read_runs`."""
     runs = read_runs(paths)
     return Comparison(runs, tuple(summarise(run) for run in runs))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastagg.federated.events import (
+from fastagg.federated.simulation.events import (
     ClientFinished,
     ClientStep,
     Event,

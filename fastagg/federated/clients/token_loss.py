@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fastagg.errors import InvalidInput
-
-IGNORED = -100  # the label of a token that counts in no loss, as in torch and transformers
+from fastagg.federated.data.prompt import IGNORED
 
 
 class Encoded(Protocol):

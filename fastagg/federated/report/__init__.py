@@ -1,0 +1,1 @@
+"""What runs did, read from their folders: tables, plots, and a page."""

@@ -1,0 +1,1 @@
+"""All of it in one process: a configuration, its clients, the rounds, and the folder they leave."""
