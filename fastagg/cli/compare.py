@@ -53,7 +53,7 @@ def compare(
     written = [plot] if comparison.write_plot(plot) else []
     if report is not None:
         from fastagg.federated.report.html_report import report as page
-        from fastagg.federated.simulation.run_folder import write_whole
+        from fastagg.whole_file import write_whole
 
         write_whole(report, page(comparison))
         written.append(report)

@@ -15,6 +15,7 @@ from tiny_models import disturb, examples, gpt2, gpt2_lora, llama, logits, lora,
 import fastagg
 from fastagg.errors import InvalidInput
 from fastagg.federated.clients.client import Client
+from fastagg.federated.clients.fresh_factors import draw_dead_ranks
 from fastagg.federated.clients.local_model import LocalModel
 from fastagg.federated.clients.token_loss import loss_on
 from fastagg.federated.clients.training import LocalTraining, Step, fit
@@ -173,14 +174,14 @@ def test_a_missed_round_is_noticed() -> None:
 def test_an_update_in_a_folder_is_the_one_in_memory(tmp_path: Path) -> None:
     model = LocalModel(llama())
     expected = client(model, "ben").fit(Handout(1)).adapter
-    ben = client(model, "ben", folder=tmp_path / "ben")
+    ben, folder = client(model, "ben"), tmp_path / "ben"
     for _ in range(2):  # a round that is repeated is written again
-        update = ben.fit(Handout(1))
+        update = ben.fit(Handout(1), folder=folder)
         assert (update.client_id, update.weight) == ("ben", 11)
         assert same_bits(update.adapter.state_dict(), expected.state_dict())
     assert update.adapter.config == expected.config
-    assert [path.name for path in (tmp_path / "ben").iterdir()] == ["round-1"]
-    loaded = peft.PeftModel.from_pretrained(llama(), str(tmp_path / "ben" / "round-1"))
+    assert [path.name for path in tmp_path.iterdir()] == ["ben"]
+    loaded = peft.PeftModel.from_pretrained(llama(), str(folder))
     state = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
     assert same_bits({key: t.detach() for key, t in state.items()}, expected.state_dict())
 
@@ -193,7 +194,7 @@ def test_a_client_that_diverges_fails_by_name_and_harms_no_other(saved: bool, tm
     # So near the largest float32 the next product overflows; far below, norms may bring it back.
     wild = LocalTraining(epochs=5, batch=4, learning_rate=3e37, warm_up=0, clip=None)
     with pytest.raises(ClientFailure, match="client anna, round 3: the training diverged") as raised:
-        client(model, "anna", training=wild, folder=folder).fit(Handout(3))
+        client(model, "anna", training=wild).fit(Handout(3), folder=folder)
     again = pickle.loads(pickle.dumps(raised.value))
     assert (again.client, again.round, again.reason) == ("anna", 3, raised.value.reason)
     assert str(again) == str(raised.value)
@@ -210,7 +211,7 @@ def test_factors_beyond_float32_after_the_last_step_fail(saved: bool, tmp_path: 
     # One step: the loss before it is fine, and nobody sees the one after.
     wild = LocalTraining(epochs=None, steps=1, learning_rate=3e37, warm_up=0, clip=None)
     with pytest.raises(ClientFailure, match=r"round 1.*range of float32"):
-        client(LocalModel(llama()), "anna", training=wild, folder=folder).fit(Handout(1))
+        client(LocalModel(llama()), "anna", training=wild).fit(Handout(1), folder=folder)
     assert not list(tmp_path.iterdir())
 
 
@@ -230,3 +231,67 @@ def test_early_stopping_goes_by_the_clients_own_held_out_examples() -> None:
     lowest = min(found.loss for found in anna.outcome.held_out)
     with model.adapter(update.adapter) as network:
         assert loss_on(network, anna.held_out, batch=4).mean == lowest
+
+
+@pytest.mark.parametrize(("network", "config"), [(llama, lora), (gpt2, gpt2_lora)])
+def test_ranks_that_a_handout_lacks_are_trained_on(network: Any, config: Any) -> None:
+    """A hand-out of a rank below the client's, as of a round with few clients, and what it becomes."""
+    model = LocalModel(network())
+    with model.adapter(config(6)) as placed:
+        disturb(placed)
+        full = model.capture("anna")
+    state = {}
+    for key, tensor in full.state_dict().items():
+        state[key] = tensor.clone()
+        (state[key] if ".lora_A." in key else state[key].t())[4:] = 0
+    handout = fastagg.Adapter(state, full.config, name="anna")
+    anna = client(model, "anna", config=config(6))
+    seen: list[torch.Tensor] = []
+    with model.adapter(handout) as placed:
+        expected = logits(placed)
+        draw_dead_ranks(placed, 7)
+        seen.append(logits(placed))
+        torch.testing.assert_close(seen[0], expected, rtol=0, atol=0)
+        drawn = model.capture()
+    for module in handout.modules:
+        (a, b), (a_given, _) = drawn.factors(module), handout.factors(module)
+        assert torch.equal(a[:4], a_given[:4]) and bool((a[4:] != 0).all())
+        assert not bool(b[:, 4:].any())
+    trained = anna.fit(Handout(2, handout)).adapter
+    for module in trained.modules:
+        a, b = trained.factors(module)
+        assert bool((b[:, 4:] != 0).any(0).all()), module
+
+
+def test_dead_ranks_of_an_embedding_are_drawn_in_its_other_factor() -> None:
+    model = LocalModel(llama(tied=False))
+    with model.adapter(lora(3, target_modules=["embed_tokens"])) as placed:
+        for name, weight in placed.named_parameters():
+            if "lora_embedding" in name:
+                weight.data.zero_()
+        draw_dead_ranks(placed, 7)
+        a, b = model.capture().factors("model.embed_tokens")
+    assert torch.linalg.matrix_rank(a @ a.T if a.any() else b.T @ b) == 3
+    assert not (a.any() and b.any())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_weights_are_trained_and_given_back(tied: bool) -> None:
+    """Against a loop by hand over the bare model, and the model has its own weights afterwards."""
+    model = LocalModel(llama(tied=tied))
+    before = bits(model.network)
+    anna = client(model, "anna")
+    trained = anna.fit_weights(3)
+    assert same_bits(bits(model.network), before)
+    by_hand = llama(tied=tied)
+    fit(by_hand, anna.train, TRAINING, seed=seed_of(11, "training", 3, "anna"))
+    assert same_bits(trained, {name: w.detach() for name, w in by_hand.named_parameters()})
+    assert loss_on(by_hand, anna.train).mean < loss_on(model.network, anna.train).mean
+
+
+def test_whatever_torch_refuses_while_training_is_the_clients_failure() -> None:
+    """A learning rate that float32 cannot hold: torch has a RuntimeError of its own for it."""
+    wild = LocalTraining(epochs=5, batch=4, learning_rate=2e38, clip=None, warm_up=0)
+    for fails in (lambda c: c.fit(Handout(1)), lambda c: c.fit_weights(1)):
+        with pytest.raises(ClientFailure, match="client anna, round 1"):
+            fails(client(LocalModel(llama()), "anna", training=wild))

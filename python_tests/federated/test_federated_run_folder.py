@@ -10,7 +10,8 @@ pytest.importorskip("pydantic")
 
 from fastagg.errors import InvalidInput
 from fastagg.federated.simulation.config import RunConfig
-from fastagg.federated.simulation.run_folder import RunFolder, write_whole
+from fastagg.federated.simulation.run_folder import RunFolder
+from fastagg.whole_file import write_whole
 
 CONFIG = RunConfig()
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastagg.adapter import Adapter
 from fastagg.errors import InvalidInput
+from fastagg.federated.clients.fresh_factors import draw_dead_ranks
 from fastagg.federated.clients.local_model import LocalModel
 from fastagg.federated.clients.token_loss import Encoded
 from fastagg.federated.clients.training import (
@@ -39,8 +41,6 @@ class Client:
         model: the base model.
         training: how it trains in a round.
         seed: the run's, the same for all clients: they begin with the same rows of A.
-        folder: of its own: each round's adapter is written to ``folder/round-N`` and mapped from
-            there; None keeps it in memory.
 
     Attributes:
         outcome: of the last training that came to an end.
@@ -56,7 +56,6 @@ class Client:
         model: LocalModel,
         training: LocalTraining,
         seed: int,
-        folder: Path | None = None,
     ) -> None:
         self.name = name
         self.train = train
@@ -65,7 +64,6 @@ class Client:
         self.model = model
         self.training = training
         self.seed = seed
-        self.folder = folder
         self.outcome: TrainingOutcome | None = None
 
     def receive(self, handout: Handout) -> None:
@@ -78,10 +76,21 @@ class Client:
         if handout.merge and handout.adapter is not None:
             self.model.merge_for(handout.round, handout.adapter)
 
-    def fit(self, handout: Handout, on_step: Callable[[Step], None] | None = None) -> ClientUpdate:
+    def fit(
+        self,
+        handout: Handout,
+        on_step: Callable[[Step], None] | None = None,
+        *,
+        folder: Path | None = None,
+    ) -> ClientUpdate:
         """Trains for a round and returns the adapter, with the number of examples as its weight.
 
-        The adapter goes on from the hand-out's, or starts afresh where there is none or it is merged.
+        The adapter goes on from the hand-out's, or starts afresh where there is none or it is merged;
+        so do ranks of the hand-out that are zero in both factors, which could not be trained.
+
+        Args:
+            folder: where the adapter is written, over what is there, and then mapped from; None keeps
+                it in memory.
 
         Raises:
             ClientFailure: a loss or a factor is NaN or infinite, the memory does not suffice, or the
@@ -92,18 +101,47 @@ class Client:
         start = self.config if handout.merge or handout.adapter is None else handout.adapter
         factors = seed_of(self.seed, "factors", handout.round)
         with self.model.adapter(start, seed=factors) as network:
-            try:
-                self.outcome = self._trained(network, handout.round, on_step)
-                update = self._update(self.model.capture(self.name), handout.round)
-                update.validate()
-            except (InvalidInput, TrainingDiverged, torch.OutOfMemoryError) as error:
-                raise ClientFailure(self.name, handout.round, str(error)) from error
-        return update
+            if isinstance(start, Adapter):
+                draw_dead_ranks(network, factors)
+            with self._failing(handout.round):
+                self._train(network, handout.round, on_step)
+                adapter = self.model.capture(self.name)
+                adapter.check_finite()
+                if folder is not None:
+                    adapter.save(folder, overwrite=True)
+                    adapter = Adapter.load(folder)
+                return ClientUpdate(adapter, weight=len(self.train), client_id=self.name)
 
-    def _trained(
+    def fit_weights(
+        self, round: int, on_step: Callable[[Step], None] | None = None
+    ) -> dict[str, Tensor]:
+        """Trains all weights of the base model for a round, and returns them, by name and on the CPU;
+        the model has its own again afterwards.
+
+        Raises:
+            ClientFailure: as :meth:`fit`.
+        """
+        with self.model.all_weights() as network, self._failing(round):
+            self._train(network, round, on_step)
+            weights = self.model.weights()
+            for name, weight in weights.items():
+                if not bool(torch.isfinite(weight).all()):
+                    raise InvalidInput("the weight is not finite", client=self.name, field=name)
+            return weights
+
+    @contextmanager
+    def _failing(self, round: int) -> Iterator[None]:
+        """Whatever goes wrong inside is this client's, and no reason to end a round."""
+        try:
+            yield
+        # torch says with a RuntimeError that memory is short, or that a step leaves float32.
+        except (InvalidInput, TrainingDiverged, MemoryError, RuntimeError) as error:
+            raise ClientFailure(self.name, round, str(error) or type(error).__name__) from error
+
+    def _train(
         self, network: nn.Module, round: int, on_step: Callable[[Step], None] | None
-    ) -> TrainingOutcome:
-        return fit(
+    ) -> None:
+        self.outcome = fit(
             network,
             self.train,
             self.training,
@@ -111,12 +149,3 @@ class Client:
             held_out=self.held_out,
             on_step=on_step,
         )
-
-    def _update(self, adapter: Adapter, round: int) -> ClientUpdate:
-        if self.folder is None:
-            return ClientUpdate(adapter, weight=len(self.train), client_id=self.name)
-        adapter.check_finite()
-        saved = self.folder / f"round-{round}"
-        # A round that is repeated, or was interrupted, is written again.
-        adapter.save(saved, overwrite=True)
-        return ClientUpdate.load(saved, weight=len(self.train), client_id=self.name)

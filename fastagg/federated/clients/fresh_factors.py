@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,20 +27,40 @@ def draw_factors(model: PeftModel, seed: int) -> None:
     ranks, or of different modules, share all that they have in common. Methods that average A and B
     apart rely on that; to the exact ones it makes no difference.
     """
+    with torch.no_grad():
+        for drawn, zero, fresh in _first_factors(model, seed):
+            drawn.copy_(fresh)
+            zero.zero_()
+
+
+def draw_dead_ranks(model: PeftModel, seed: int) -> None:
+    """Draws, as :func:`draw_factors` would, the ranks of which both factors are zero.
+
+    A client whose rank is above dW's gets such ranks, and neither factor would ever have a gradient
+    again, for each is the other's times something. With one of them drawn B A is what it was.
+    """
+    with torch.no_grad():
+        for drawn, zero, fresh in _first_factors(model, seed):
+            dead = (drawn.flatten(1) == 0).all(1) & (zero.flatten(1) == 0).all(1)
+            drawn[dead] = fresh[dead].to(drawn)
+
+
+def _first_factors(model: PeftModel, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For every LoRA module: the factor that is drawn and the one that begins at zero, as they are, and
+    the first one's fresh numbers; views of which the first dimension is the rank."""
     from peft.tuners.lora import LoraLayer
 
-    with torch.no_grad():
-        for name, layer in model.named_modules():
-            if not isinstance(layer, LoraLayer):
-                continue
-            generator = torch.Generator().manual_seed(seed_of(seed, name.removeprefix(_PREFIX)))
-            for adapter, factor in layer.lora_A.items():
-                a = factor.get_parameter("weight")
-                a.copy_(ranks_of(len(a), a[0].numel(), _uniform, generator).view(a.shape))
-                layer.lora_B[adapter].get_parameter("weight").zero_()
-            for adapter, b in layer.lora_embedding_B.items():
-                b.copy_(ranks_of(b.shape[1], b.shape[0], _normal, generator).t())
-                layer.lora_embedding_A[adapter].zero_()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        generator = torch.Generator().manual_seed(seed_of(seed, name.removeprefix(_PREFIX)))
+        for adapter, factor in layer.lora_A.items():
+            a = factor.get_parameter("weight")
+            b = layer.lora_B[adapter].get_parameter("weight").transpose(0, 1)
+            yield a, b, ranks_of(len(a), a[0].numel(), _uniform, generator).view(a.shape)
+        for adapter, b in layer.lora_embedding_B.items():
+            fresh = ranks_of(b.shape[1], b.shape[0], _normal, generator)
+            yield b.t(), layer.lora_embedding_A[adapter], fresh
 
 
 def ranks_of(rank: int, width: int, draw: Draw, generator: torch.Generator) -> Tensor:

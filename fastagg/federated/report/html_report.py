@@ -14,7 +14,7 @@ from fastagg.federated.report.plot_style import DARK, LIGHT, Theme, png
 from fastagg.federated.report.plots import PLOTS
 from fastagg.federated.report.recorded_run import RecordedRun
 from fastagg.federated.report.run_summary import MISSING, columns_for, last, number
-from fastagg.federated.simulation.run_folder import write_whole
+from fastagg.whole_file import write_whole
 
 # The policy holds the page to its own content, whatever a client calls itself.
 _HEAD = """<!doctype html>

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import secrets
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from fastagg.errors import InvalidInput, short
 from fastagg.federated.server.registry import Registry, check_alike
 from fastagg.federated.server.server_model import Rules, ServerModel
 from fastagg.federated.server.server_optimisers import ServerOptimiser
+from fastagg.whole_file import whole_file
 
 __all__ = ["State", "dump", "identity", "load", "read", "write"]
 
@@ -91,21 +90,8 @@ def load(
 def write(file: str | os.PathLike[str], state: State) -> None:
     """Writes a state as one safetensors file: whole, or not at all; what was there is replaced."""
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
+    with whole_file(file) as made:
         save_file(tensors, made, metadata={HEADER: str(state[HEADER])})
-        with made.open("rb+") as written:
-            os.fsync(written.fileno())
-        made.replace(path)
-    finally:
-        made.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def read(file: str | os.PathLike[str]) -> State:

@@ -11,8 +11,6 @@ rounds/0003/state.safetensors   the server after the round
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 from fastagg.errors import InvalidInput
 from fastagg.federated.simulation.config import RunConfig
+from fastagg.whole_file import write_whole
 
 COMPLETE = "COMPLETE"
 
@@ -127,25 +126,6 @@ class RunFolder:
             field="output.folder",
             cure="Go on with its run (--resume), or choose another folder",
         )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file beside, syncs it and renames it into place: it is there whole or as before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with made.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        made.replace(path)
-    finally:
-        made.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
