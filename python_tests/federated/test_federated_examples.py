@@ -85,7 +85,7 @@ def test_files_that_are_not_there_or_not_text_are_refused(tmp_path: Path) -> Non
     with pytest.raises(InvalidInput, match="UTF-8"):
         read_jsonl(tmp_path / "bad.jsonl")
     with pytest.raises(InvalidInput, match="no folder"):
-        read_clients(tmp_path / "none", seed=0)
+        tuple(read_clients(tmp_path / "none", seed=0))
 
 
 def test_a_folder_is_a_client_a_file(tmp_path: Path) -> None:
@@ -96,24 +96,24 @@ def test_a_folder_is_a_client_a_file(tmp_path: Path) -> None:
     write(tmp_path / "v1.2.train.jsonl", RECORDS[:3])
     write(tmp_path / "v1.2.eval.jsonl", RECORDS[3:4])
     (tmp_path / "index.json").write_text("{}")
-    ann, dotted, zoe = read_clients(tmp_path, held_out_share=0.3, seed=1)
+    ann, dotted, zoe = tuple(read_clients(tmp_path, held_out_share=0.3, seed=1))
     assert (ann.name, len(ann.train), len(ann.held_out)) == ("ann", 4, 4)
     assert ann.held_out[0].instruction == "say 6"
     assert (dotted.name, len(dotted.train), len(dotted.held_out)) == ("v1.2", 3, 1)
     assert zoe == split("zoe", read_jsonl(tmp_path / "zoe.jsonl"), 0.3, seed=1)
-    assert len(read_clients(tmp_path, held_out="eval", seed=1)[0].held_out) == 2
+    assert len(next(iter(read_clients(tmp_path, held_out="eval", seed=1))).held_out) == 2
 
 
 def test_folders_that_name_no_clients_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="no JSONL files"):
-        read_clients(tmp_path, seed=0)
+        tuple(read_clients(tmp_path, seed=0))
     write(tmp_path / "ann.test.jsonl", RECORDS)
     with pytest.raises(InvalidInput, match=r"'ann': .*ann\.test\.jsonl has no training"):
-        read_clients(tmp_path, seed=0)
+        tuple(read_clients(tmp_path, seed=0))
     write(tmp_path / "ann.train.jsonl", RECORDS)
     write(tmp_path / "ann.jsonl", RECORDS)
     with pytest.raises(InvalidInput, match="two files with training examples"):
-        read_clients(tmp_path, seed=0)
+        tuple(read_clients(tmp_path, seed=0))
 
 
 @pytest.mark.parametrize(("share", "held_out"), [(0.0, 0), (0.01, 1), (0.3, 3), (0.99, 9)])
@@ -182,7 +182,7 @@ def test_corpus_has_a_client_a_package() -> None:
 
 def test_natural_instructions_are_sixteen_clients() -> None:
     folder = natural_instructions.folder()
-    clients = read_clients(folder, Columns(label="category"), seed=0)
+    clients = tuple(read_clients(folder, Columns(label="category"), seed=0))
     index = json.loads((folder / "index.json").read_text())
     entries = {f"client_{entry['client']:04}": entry for entry in index}
     assert [client.name for client in clients] == sorted(entries)

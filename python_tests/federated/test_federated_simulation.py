@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from simulated_runs import RANKS, assert_same_runs, configured, lines
 
 pytest.importorskip("peft")
 pytest.importorskip("pydantic")
@@ -26,62 +26,6 @@ from fastagg.federated.simulation.events import ClientFinished, Event, RoundFini
 from fastagg.federated.simulation.run_folder import RunFolder
 from fastagg.federated.simulation.simulate import simulate
 from fastagg.update import ClientUpdate
-
-RANKS = (4, 2, 1)
-TIMES = ("seconds", "train_seconds")
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> dict[str, Any]:
-    records = [
-        {"instruction": f"Repeat {i % 5}", "output": f"{i % 5}" * 4, "label": "abc"[i % 3]}
-        for i in range(18)
-    ]
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(map(json.dumps, records)))
-    small = {"hidden": 16, "feed_forward": 24, "layers": 1, "heads": 2, "steps": 2, "batch": 2}
-    return {
-        "seed": 3,
-        "model": {"device": "cpu", "embedded": small},
-        "data": {
-            "source": "jsonl",
-            "path": str(data),
-            "partition": "label",
-            "columns": {"input": "", "label": "label"},
-            "prompt": "plain",
-            "length": 24,
-            "held_out": 0.34,
-        },
-        "ranks": {"scheme": "each", "each": list(RANKS)},
-        "training": {"batch": 2, "learning_rate": 0.02},
-        "federation": {"rounds": 3},
-        "output": {"folder": str(tmp_path / "run"), "keep": "all"},
-    }
-
-
-def configured(settings: dict[str, Any], **options: object) -> RunConfig:
-    return RunConfig.of(
-        settings, {name.replace("__", "."): str(value) for name, value in options.items()}
-    )
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    found = RunFolder(folder).metrics()
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in found]
-
-
-def tensors(folder: Path) -> dict[str, bytes]:
-    return {
-        f"{path.relative_to(folder)}:{name}": tensor.numpy().tobytes()
-        for path in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
-
-
-def assert_same_runs(one: Path, two: Path) -> None:
-    assert lines(one) == lines(two)
-    assert tensors(one).keys()
-    assert tensors(one) == tensors(two)
 
 
 def stopping_in(round: int) -> tuple[Callable[[Event], None], Callable[[], bool]]:
@@ -201,8 +145,8 @@ def test_similarity_is_the_cosine_of_the_updates(
     sent: list[ClientUpdate] = []
     plain = Client.fit
 
-    def kept(self: Client, handout: Handout, on_step: Any = None) -> ClientUpdate:
-        sent.append(plain(self, handout, on_step))
+    def kept(self: Client, handout: Handout, on_step: Any = None, **options: Any) -> ClientUpdate:
+        sent.append(plain(self, handout, on_step, **options))
         return sent[-1]
 
     monkeypatch.setattr(Client, "fit", kept)
@@ -225,10 +169,10 @@ def test_similarity_is_the_cosine_of_the_updates(
 def failing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     plain = Client.fit
 
-    def fit(self: Client, handout: Handout, on_step: Any = None) -> ClientUpdate:
+    def fit(self: Client, handout: Handout, on_step: Any = None, **options: Any) -> ClientUpdate:
         if self.name == name:
             raise ClientFailure(name, handout.round, "its battery is empty")
-        return plain(self, handout, on_step)
+        return plain(self, handout, on_step, **options)
 
     monkeypatch.setattr(Client, "fit", fit)
 
@@ -302,14 +246,6 @@ def test_runs_are_not_mixed_up(settings: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput, match=r"training\.batch"):
         simulate(configured(settings, training__batch=3), resume=True)
     assert simulate(configured(settings, federation__rounds=2), resume=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("federation__methods", "full"), ("federation__workers", 2)]
-)
-def test_what_is_not_simulated_is_refused(settings: dict[str, Any], name: str, value: object) -> None:
-    with pytest.raises(InvalidInput, match=name.replace("__", ".")):
-        simulate(configured(settings, **{name: value}))
 
 
 def test_adapters_of_the_last_round_are_kept(settings: dict[str, Any], tmp_path: Path) -> None:

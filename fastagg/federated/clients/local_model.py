@@ -215,6 +215,12 @@ class LocalModel:
             for name, weight in own.items():
                 weight.copy_(weights[name])
 
+    def restart(self, network: nn.Module) -> None:
+        """Puts another network in the place of this one's, which holds the weights of round 1."""
+        self._require_bare()
+        self.network = network.to(self.device).requires_grad_(False).eval()
+        self.round = 1
+
     @contextmanager
     def all_weights(self) -> Iterator[nn.Module]:
         """The bare model with gradients on every weight, for full fine-tuning. The weights from before

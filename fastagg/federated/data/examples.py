@@ -105,8 +105,9 @@ def read_clients(
     held_out: HeldOut = "test",
     held_out_share: float = 0.1,
     seed: int,
-) -> tuple[ClientData, ...]:
-    """A client for each NAME.train.jsonl or NAME.jsonl of a folder, sorted by name.
+) -> Iterator[ClientData]:
+    """A client for each NAME.train.jsonl or NAME.jsonl of a folder, sorted by name; each one's files are
+    read when it is its turn.
 
     Held out are the examples of NAME.test.jsonl or NAME.eval.jsonl. Where there are both,
     ``held_out`` chooses; where there is neither, ``held_out_share`` of the training examples is
@@ -116,22 +117,22 @@ def read_clients(
         InvalidInput: no such folder or no clients in it, a held-out file without training examples,
             a client with two training files, or a file that :func:`read_jsonl` refuses.
     """
-    clients = []
-    for name, files in sorted(_files_by_client(folder).items()):
+    found = sorted(_files_by_client(folder).items())
+    for name, files in found:
         if "train" not in files:
             raise InvalidInput(
                 f"{next(iter(files.values()))} has no training examples beside it",
                 client=name,
                 expected=f"{name}.train.jsonl",
             )
+    for name, files in found:
         train = read_jsonl(files["train"], columns)
         other: HeldOut = "eval" if held_out == "test" else "test"
         chosen = files.get(held_out) or files.get(other)
         if chosen is None:
-            clients.append(split(name, train, held_out_share, seed=seed))
+            yield split(name, train, held_out_share, seed=seed)
         else:
-            clients.append(ClientData(name, train, read_jsonl(chosen, columns)))
-    return tuple(clients)
+            yield ClientData(name, train, read_jsonl(chosen, columns))
 
 
 def read_dataset(

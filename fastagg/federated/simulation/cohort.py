@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.utils.data import ConcatDataset
 
 from fastagg.adapter import Adapter
-from fastagg.errors import InvalidInput
 from fastagg.federated.clients import ranks
 from fastagg.federated.clients.client import Client
-from fastagg.federated.clients.llama import Shape, Training
 from fastagg.federated.clients.local_model import LocalModel
 from fastagg.federated.clients.ranks import ClientRanks
+from fastagg.federated.clients.token_loss import Encoded
 from fastagg.federated.clients.training import LocalTraining
-from fastagg.federated.data import examples, partition
-from fastagg.federated.data.examples import ClientData, Columns, Example
-from fastagg.federated.data.prompt import ByteTokeniser, PretrainedTokeniser, Tokeniser, encode
+from fastagg.federated.data.encoded_file import read_encoded
+from fastagg.federated.data.examples import Example
+from fastagg.federated.data.prompt import Tokeniser
 from fastagg.federated.seeds import seed_of
 from fastagg.federated.simulation.config import RunConfig
+from fastagg.federated.simulation.preparation import Prepared, load_tokeniser
+from fastagg.federated.simulation.settings import FederationSection
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+POOLED = "centralized"
+"""The one client of the reference of that name, which has the examples of all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,52 +39,107 @@ class Cohort:
     Attributes:
         model: the base that all clients begin with.
         clients: in the order in which they train.
-        fresh: name -> an adapter of the client's own configuration, with B = 0.
+        pooled: one that has the examples of all, and the largest of their adapters.
+        fresh: name -> an adapter of the client's own configuration, with B = 0. Those of clients that
+            do not differ share their memory.
         questions: name -> the held-out examples that are evaluated, as text.
     """
 
+    config: RunConfig
+    prepared: Prepared
     model: LocalModel
     tokeniser: Tokeniser
     clients: tuple[Client, ...]
+    pooled: Client
     fresh: Mapping[str, Adapter]
     questions: Mapping[str, tuple[Example, ...]]
 
     @classmethod
-    def of(cls, config: RunConfig) -> Cohort:
-        """Loads, draws and encodes all that a configuration asks for.
+    def open(cls, config: RunConfig, prepared: Prepared) -> Cohort:
+        """Loads the model, and maps what the clients train on.
 
         Raises:
-            InvalidInput: a model or data that cannot be had, or ranks that do not fit the clients.
+            InvalidInput: a model that cannot be had, or ranks that do not fit the clients.
         """
-        model, tokeniser = _model(config), _tokeniser(config)
-        data = _data(config)
-        names = [client.name for client in data]
-        of_client = _ranks(config, names, model)
-        template, length = config.data.prompt_template(), config.data.length
+        model = _model(config, prepared)
+        names = prepared.names()
+        own_ranks = _ranks(config, names, model)
         training = _training(config)
-        clients, fresh = [], {}
-        for each in data:
-            lora = _lora(config, of_client[each.name])
-            with model.adapter(lora, seed=seed_of(config.seed, "factors", 1)):
-                fresh[each.name] = model.capture(each.name)
+        clients, kinds, fresh = [], _Kinds(config, model), {}
+        for name in names:
+            file = prepared.examples(name)
+            lora, adapter = kinds.of(own_ranks[name])
+            fresh[name] = Adapter.from_flat(adapter.flat, adapter.layout, adapter.config, name=name)
             clients.append(
                 Client(
-                    each.name,
-                    [encode(example, template, tokeniser, length) for example in each.train],
-                    [encode(example, template, tokeniser, length) for example in each.held_out],
+                    name,
+                    read_encoded(file, "train"),
+                    read_encoded(file, "held_out"),
                     config=lora,
                     model=model,
                     training=training,
                     seed=config.seed,
                 )
             )
-        most = config.evaluation.max_examples or None
+        largest = max(clients, key=lambda client: fresh[client.name].nbytes)
+        pooled = _pooled(config, clients, largest.config)
         return cls(
-            model, tokeniser, tuple(clients), fresh, {each.name: each.held_out[:most] for each in data}
+            config,
+            prepared,
+            model,
+            load_tokeniser(config),
+            tuple(clients),
+            pooled,
+            fresh | {POOLED: fresh[largest.name]},
+            prepared.questions(),
         )
 
+    def restart(self) -> None:
+        """The base weights are what they were before the first round."""
+        if self.model.round > 1:
+            self.model.restart(_model(self.config, self.prepared).network)
 
-def _model(config: RunConfig) -> LocalModel:
+
+def participants(federation: FederationSection, clients: int) -> int:
+    """How many of so many clients a round asks for."""
+    wanted = federation.clients_per_round or max(1, round(federation.participation * clients))
+    return min(max(wanted, federation.min_clients), clients)
+
+
+class _Kinds:
+    """Clients of the same ranks have one configuration and one fresh adapter."""
+
+    def __init__(self, config: RunConfig, model: LocalModel) -> None:
+        self._config = config
+        self._model = model
+        self._made: dict[object, tuple[LoraConfig, Adapter]] = {}
+
+    def of(self, own: ClientRanks) -> tuple[LoraConfig, Adapter]:
+        key = (own.rank, tuple(own.pattern.items()))
+        if key not in self._made:
+            lora = _lora(self._config, own)
+            with self._model.adapter(lora, seed=seed_of(self._config.seed, "factors", 1)):
+                self._made[key] = lora, self._model.capture()
+        return self._made[key]
+
+
+def _pooled(config: RunConfig, clients: Sequence[Client], lora: LoraConfig) -> Client:
+    """All examples in one place, and as many batches in a round as its participants take together."""
+    trains, held_out = (
+        cast("Sequence[Encoded]", ConcatDataset(cast(Any, parts)))
+        for parts in ([each.train for each in clients], [each.held_out for each in clients])
+    )
+    own, asked = clients[0].training, participants(config.federation, len(clients))
+    epochs = (own.epochs or 0) * own.steps_in_epoch(len(trains)) * asked / len(clients)
+    steps = (own.steps or 0) * asked or math.ceil(epochs)
+    training = replace(own, epochs=None, steps=steps)
+    model = clients[0].model
+    return Client(
+        POOLED, trains, held_out, config=lora, model=model, training=training, seed=config.seed
+    )
+
+
+def _model(config: RunConfig, prepared: Prepared) -> LocalModel:
     wanted = config.model
     device = wanted.device
     if device == "auto":
@@ -89,66 +149,11 @@ def _model(config: RunConfig) -> LocalModel:
         return LocalModel.from_pretrained(
             wanted.name, dtype=dtype, device=device, revision=wanted.revision or None
         )
-    own = wanted.embedded
-    return LocalModel.embedded(
-        Shape(own.hidden, own.feed_forward, own.layers, own.heads),
-        Training(own.steps, own.batch, own.learning_rate) if own.steps else None,
-        length=config.data.length,
-        seed=config.seed,
-        device=device,
-    )
-
-
-def _tokeniser(config: RunConfig) -> Tokeniser:
-    if config.model.name == "embedded":
-        return ByteTokeniser()
-    from transformers import AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(
-            config.model.name, revision=config.model.revision or "main"
-        )
-    except (OSError, ValueError) as error:
-        raise InvalidInput(
-            f"no tokenizer can be loaded: {str(error).splitlines()[0]}",
-            field="model.name",
-            got=config.model.name,
-        ) from error
-    return PretrainedTokeniser(loaded)
-
-
-def _data(config: RunConfig) -> tuple[ClientData, ...]:
-    data, seed = config.data, config.seed
-    columns = Columns(**data.columns.model_dump())
-    match data.source:
-        case "corpus":
-            return examples.read_corpus(data.clients, held_out_share=data.held_out, seed=seed)
-        case "folder":
-            return examples.read_clients(
-                Path(data.path),
-                columns,
-                held_out=data.held_out_file,
-                held_out_share=data.held_out,
-                seed=seed,
-            )
-        case "jsonl":
-            found = examples.read_jsonl(Path(data.path), columns)
-        case "dataset":
-            found = examples.read_dataset(
-                data.path, columns, split=data.split, subset=data.subset, revision=data.revision
-            )
-    return partition.as_clients(_shares(config, found), data.held_out, seed=seed)
-
-
-def _shares(config: RunConfig, found: Sequence[Example]) -> partition.Shares:
-    data, seed = config.data, config.seed
-    match data.partition:
-        case "iid":
-            return partition.iid(found, data.clients, seed=seed)
-        case "dirichlet":
-            return partition.dirichlet(found, data.clients, data.alpha, seed=seed)
-        case "label":
-            return partition.by_label(found)
+    model = LocalModel.from_pretrained(prepared.base, device=device)
+    # Adapters would name it as their base, and a run's folder may be moved.
+    network: Any = model.network
+    network.name_or_path = ""
+    return model
 
 
 def _ranks(config: RunConfig, names: Sequence[str], model: LocalModel) -> dict[str, ClientRanks]:

@@ -8,6 +8,14 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class PreTrainingStep:
+    """The embedded model took a step of the training before all rounds."""
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class RunStarted:
     """A method begins, after the rounds that are ``done`` already."""
 
@@ -54,5 +62,5 @@ class RoundFinished:
     line: Mapping[str, Any]
 
 
-Event = RunStarted | RoundStarted | ClientStep | ClientFinished | RoundFinished
+Event = PreTrainingStep | RunStarted | RoundStarted | ClientStep | ClientFinished | RoundFinished
 Observer = Callable[[Event], None]

@@ -2,8 +2,10 @@
 
 config.toml
 metrics.jsonl                   one JSON object a line, of kind "round" or "client"
-rounds/0003/state.safetensors   the server after the round
-            adapters/NAME/      what clients are handed next, as PEFT folders
+rounds/0003/updates/NAME/       what the clients sent, as PEFT folders; weights.json: their examples
+            adapters/NAME/      what clients are handed next; adapters/merged where all merge the same
+            weights.safetensors the base weights of the next round, where clients train all of them
+            state.safetensors   the server after the round
             spectra.json, similarity.json
             COMPLETE            empty, and written last: without it the round never was
 """
@@ -35,10 +37,8 @@ class RunFolder:
     def _metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def open(self, config: RunConfig, *, resume: bool) -> int:
-        """Makes the folder, or goes on with it; returns the last complete round, 0 if there is none.
-
-        What an interruption left of later rounds is removed, lines of metrics among them.
+    def check(self, config: RunConfig, *, resume: bool) -> None:
+        """Whether a run of this configuration may begin here, or go on; nothing is changed.
 
         Raises:
             InvalidInput: a folder that is there without ``resume``, or whose run had other settings.
@@ -46,11 +46,20 @@ class RunFolder:
         if not (self.path / "config.toml").exists():
             if self.path.exists() and any(self.path.iterdir()):
                 raise self._refusal("is not empty, and no run")
-            write_whole(self.path / "config.toml", config.to_toml())
-            return 0
-        if not resume:
+        elif not resume:
             raise self._refusal("holds a run already")
-        self._check_same(RunConfig.read(self.path / "config.toml"), config)
+        else:
+            self._check_same(RunConfig.read(self.path / "config.toml"), config)
+
+    def open(self, config: RunConfig, *, resume: bool) -> int:
+        """Makes the folder, or goes on with it; returns the last complete round, 0 if there is none.
+
+        What an interruption left of later rounds is removed, lines of metrics among them.
+
+        Raises:
+            InvalidInput: see :meth:`check`.
+        """
+        self.check(config, resume=resume)
         write_whole(self.path / "config.toml", config.to_toml())
         last = self.last_complete()
         for folder in self._round_folders():
@@ -64,6 +73,22 @@ class RunFolder:
     def round(self, number: int) -> Path:
         """The folder of a round."""
         return self.path / "rounds" / f"{number:04d}"
+
+    def update(self, number: int, client: str) -> Path:
+        """Where a client's update of a round is, or goes."""
+        return self.round(number) / "updates" / client
+
+    def adapter(self, number: int, client: str) -> Path:
+        """The adapter that a client is handed after a round."""
+        return self.round(number) / "adapters" / client
+
+    def merged(self, number: int) -> Path:
+        """The one adapter that all clients merge after a round."""
+        return self.adapter(number, "merged")
+
+    def weights(self, number: int) -> Path:
+        """The base weights after a round, of methods that change them otherwise."""
+        return self.round(number) / "weights.safetensors"
 
     def begin_round(self, number: int) -> Path:
         """An empty folder for a round; what an attempt before it left is removed."""
@@ -95,9 +120,15 @@ class RunFolder:
         """Puts lines after those that are there."""
         self._write_metrics([*self.metrics(), *lines])
 
-    def forget_adapters(self, number: int) -> None:
-        """Removes the adapters of a round."""
-        shutil.rmtree(self.round(number) / "adapters", ignore_errors=True)
+    def forget_updates(self, number: int) -> None:
+        """Removes what the clients sent in a round."""
+        shutil.rmtree(self.round(number) / "updates", ignore_errors=True)
+
+    def forget_handouts(self, number: int) -> None:
+        """Removes what clients were handed after a round, unless the base of all later rounds has it."""
+        if not self.merged(number).exists():
+            shutil.rmtree(self.round(number) / "adapters", ignore_errors=True)
+        self.weights(number).unlink(missing_ok=True)
 
     def _write_metrics(self, lines: Iterable[Line]) -> None:
         write_whole(self._metrics, "".join(f"{json.dumps(line)}\n" for line in lines))

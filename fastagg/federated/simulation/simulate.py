@@ -1,48 +1,41 @@
-"""All rounds of a run in one process: each method in turn, on the same clients, first adapters and
-batches."""
+"""All rounds of a run: each method in turn, on the same clients, first adapters and batches."""
 
 from __future__ import annotations
 
 import json
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 
-from fastagg.adapter import Adapter
-from fastagg.errors import FastAggError, InvalidInput
+from fastagg.errors import FastAggError
 from fastagg.federated.clients.client import Client
-from fastagg.federated.clients.token_loss import TokenLoss, loss_on
+from fastagg.federated.clients.token_loss import loss_on
 from fastagg.federated.clients.training import Step
-from fastagg.federated.messages import ClientFailure
 from fastagg.federated.seeds import seed_of
-from fastagg.federated.server.server import RoundOutcome, Server
-from fastagg.federated.server.server_optimisers import FedAdam, FedAvg, FedAvgM, FedYogi, ServerOptimiser
 from fastagg.federated.simulation import evaluation
-from fastagg.federated.simulation.cohort import Cohort
+from fastagg.federated.simulation.adapter_strategy import AdapterStrategy, Centralized
+from fastagg.federated.simulation.cohort import POOLED, Cohort, participants
 from fastagg.federated.simulation.config import RunConfig
-from fastagg.federated.simulation.evaluation import Answers, Distance
 from fastagg.federated.simulation.events import (
     ClientFinished,
     ClientStep,
     Observer,
+    PreTrainingStep,
     RoundFinished,
     RoundStarted,
     RunStarted,
 )
-from fastagg.federated.simulation.run_folder import Line, RunFolder, write_whole
-from fastagg.federated.simulation.settings import REFERENCES
-from fastagg.update import ClientUpdate
+from fastagg.federated.simulation.full_weights import FullWeights
+from fastagg.federated.simulation.job import FULL, Job, Trained, bring_to_round
+from fastagg.federated.simulation.metrics_lines import ClientRecord, RoundRecord
+from fastagg.federated.simulation.preparation import prepare
+from fastagg.federated.simulation.run_folder import RunFolder
+from fastagg.federated.simulation.strategy import Strategy
+from fastagg.federated.simulation.workers import Train, trainers
+from fastagg.whole_file import write_whole
 
 MOST_ATTEMPTS = 10  # training repeats bit for bit: a round of the same clients would fail for ever
-
-# Where clients merge, the adapters of all rounds are the model, whatever else is kept.
-MERGED = "merged"
 
 
 def simulate(
@@ -55,7 +48,8 @@ def simulate(
     """Runs every method into a folder of its own, ``output.folder/METHOD``.
 
     A run that goes on from its last complete round has the bits that it would have had, in adapters
-    and metrics (but for times), on the same machine and software.
+    and metrics (but for times), on the same machine and software. With ``federation.workers`` above 1
+    other processes train, which import the caller's main module: guard it as multiprocessing asks.
 
     Args:
         resume: go on with what is in the folders; without, they have to be empty or not there.
@@ -69,23 +63,42 @@ def simulate(
         InvalidInput: settings that do not fit each other, the data or the model.
         TooFewUpdates: see ``federation.min_clients``.
     """
-    _check_simulated(config)
-    cohort = Cohort.of(config)
-    before = cohort.model.weights()
+    out = Path(config.output.folder)
     methods = config.federation.methods
+    runs = {method: (_alone(config, method), RunFolder(out / method)) for method in methods}
+    for own, folder in runs.values():
+        folder.check(own, resume=resume)
+    prepared = prepare(config, out / "cohort", lambda *taken: observer(PreTrainingStep(*taken)))
+    cohort = Cohort.open(config, prepared)
     # All are made first: a method that refuses the clients is heard of before any has trained.
-    servers = {method: _server(method, config, cohort) for method in methods}
-    for method, server in servers.items():
-        cohort.model.set_weights(before)
-        cohort.model.round = 1
-        own = config.model_copy(
-            update={"federation": config.federation.model_copy(update={"methods": (method,)})}
-        )
-        folder = RunFolder(Path(config.output.folder) / method)
-        run = _Run(own, cohort, server, folder, observer, stop)
-        if not run.all_rounds(folder.open(own, resume=resume)):
-            return False
+    strategies = [strategy_of(method, cohort) for method in runs]
+    with trainers(config, cohort) as train:
+        for strategy in strategies:
+            own, folder = runs[strategy.name]
+            cohort.restart()
+            run = _Run(own, cohort, strategy, folder, train, observer, stop)
+            if not run.all_rounds(folder.open(own, resume=resume)):
+                return False
     return True
+
+
+def strategy_of(method: str, cohort: Cohort) -> Strategy:
+    """How a method of a run is run.
+
+    Raises:
+        InvalidInput: clients that the method cannot aggregate together.
+    """
+    if method == FULL:
+        return FullWeights(cohort)
+    if method == POOLED:
+        return Centralized(cohort)
+    least = cohort.config.federation.min_clients
+    return AdapterStrategy(method, method, cohort.clients, least, cohort)
+
+
+def _alone(config: RunConfig, method: str) -> RunConfig:
+    federation = config.federation.model_copy(update={"methods": (method,)})
+    return config.model_copy(update={"federation": federation})
 
 
 class _Run:
@@ -95,365 +108,153 @@ class _Run:
         self,
         config: RunConfig,
         cohort: Cohort,
-        server: Server,
+        strategy: Strategy,
         folder: RunFolder,
+        train: Train,
         observer: Observer,
         stop: Callable[[], bool],
     ) -> None:
         self.config = config
         self.cohort = cohort
-        self.server = server
+        self.strategy = strategy
         self.folder = folder
+        self.train = train
         self.observer = observer
         self.stop = stop
-        self.merging = not server.method.handout.ranked
 
     def all_rounds(self, done: int) -> bool:
         names = tuple(client.name for client in self.cohort.clients)
         rounds = self.config.federation.rounds
-        self.observer(RunStarted(self.server.method.name, rounds, names, done))
+        self.observer(RunStarted(self.strategy.name, rounds, names, done))
         if done:
-            self._go_on_after(done)
-        else:
-            self._before_training()
+            self.strategy.go_on_after(self.folder, done)
+            bring_to_round(self.cohort.model, self.folder, done + 1)
+        elif not self.folder.metrics():
+            record = self._new_record(0)
+            self._evaluate(record)
+            self._complete(record)
         return all(self._round(number) for number in range(done + 1, rounds + 1))
-
-    def _go_on_after(self, done: int) -> None:
-        """The server and, by merging again what was merged, the base as they were after a round."""
-        self.server.load(self.folder.round(done) / "state.safetensors")
-        if self.merging:
-            for number in range(1, done + 1):
-                merged = Adapter.load(self.folder.round(number) / "adapters" / MERGED)
-                self.cohort.model.merge_for(number + 1, merged)
-
-    def _before_training(self) -> None:
-        clock = _Clock()
-        with clock("evaluate"):
-            losses, answers = self._evaluate()
-        line = self._round_line(0, losses, answers, None, clock)
-        clients = [
-            self._client_line(0, client, held_out_loss=_finite(loss.mean))
-            for client, loss in zip(self.cohort.clients, losses, strict=True)
-        ]
-        self.folder.complete_round(0, [line, *clients])
-        self.observer(RoundFinished(0, line))
 
     def _round(self, number: int) -> bool:
         """One round, repeated until it counts; False where it was stopped."""
-        clock = _Clock()
+        record = self._new_record(number)
         for attempt in range(1, MOST_ATTEMPTS + 1):
-            updates = self._train(number, attempt, clock)
-            if updates is None:
+            if not self._train(record, attempt):
                 return False
-            downs = {client.name: self._bytes_down(client) for client in self.cohort.clients}
-            with clock("aggregate"):
-                outcome = self.server.finish_round()
-            if outcome.aggregate is not None:
-                self._complete(outcome, updates, downs, clock)
+            with record.clock("aggregate"):
+                outcome = self.strategy.finish_round()
+            if outcome is not None:
+                record.failures = {each.client: each.reason for each in outcome.failures}
+                self._hand_out(record)
                 return True
         raise FastAggError(
             f"round {number} had too few updates in {MOST_ATTEMPTS} attempts: lower "
             "federation.min_clients, or look at why clients fail"
         )
 
-    def _train(self, number: int, attempt: int, clock: _Clock) -> list[ClientUpdate] | None:
-        """The updates of those that have one, in the order of the clients; None where it was stopped."""
-        chosen = _participants(self.config, self.cohort.clients, number, attempt)
-        names = tuple(client.name for client in chosen)
-        self.server.start_round(names)
-        self.observer(RoundStarted(number, names))
-        updates = []
-        for client in chosen:
-            handout = self.server.handout(client.name)
-            loss = failure = None
-            try:
-                with clock("train"):
-                    update = client.fit(handout, self._on_step(client.name, number))
-            except ClientFailure as error:
-                failure = error.reason
-                self.server.fail(client.name, failure)
-            else:
-                with clock("aggregate"):
-                    refused = self.server.receive(update)
-                if refused is None:
-                    updates.append(update)
-                failure = refused.reason if refused else None
-                loss = client.outcome.loss if client.outcome else None
-            self.observer(ClientFinished(number, client.name, loss, failure))
-            if self.stop():
-                return None
-        return updates
-
-    def _on_step(self, client: str, number: int) -> Callable[[Step], None]:
-        allowed = self.config.federation.timeout
-        started = time.perf_counter()
-
-        def told(step: Step) -> None:
-            self.observer(ClientStep(number, client, step.step, step.steps, step.loss))
-            if allowed and time.perf_counter() - started > allowed:
-                raise ClientFailure(client, number, f"took longer than {allowed:g} s to train")
-
-        return told
-
-    def _complete(
-        self,
-        outcome: RoundOutcome,
-        updates: Sequence[ClientUpdate],
-        downs: dict[str, int],
-        clock: _Clock,
-    ) -> None:
-        number, folder = outcome.round, self.folder.begin_round(outcome.round)
-        rounds, every = self.config.federation.rounds, self.config.evaluation.every
-        handed = self._handed_out()
-        if self.merging:
-            with clock("aggregate"):
-                self.cohort.model.merge_for(number + 1, handed[MERGED])
-        losses: list[TokenLoss] | None = None
-        answers = None
-        with clock("evaluate"):
-            if number % every == 0 or number == rounds:
-                losses, answers = self._evaluate()
-            distances = self._distances(outcome, folder, handed)
-            _write_similarity(folder, updates)
-        self.server.save(folder / "state.safetensors")
-        for name, adapter in handed.items():
-            adapter.save(folder / "adapters" / name)
-        line = self._round_line(number, losses, answers, outcome, clock, downs, updates)
-        self.folder.complete_round(
-            number, [line, *self._client_lines(number, losses, distances, downs, updates)]
-        )
-        if self.config.output.keep == "last" and number > 1 and not self.merging:
-            self.folder.forget_adapters(number - 1)
-        self.observer(RoundFinished(number, line))
-
-    def _handed_out(self) -> dict[str, Adapter]:
-        """What the next round begins with, by client; the one adapter that all merge as MERGED."""
-        found = {}
-        for client in self.cohort.clients[: 1 if self.merging else None]:
-            adapter = self.server.handout(client.name).adapter
-            if adapter is not None:
-                found[MERGED if self.merging else client.name] = adapter
-        return found
-
-    def _evaluate(self) -> tuple[list[TokenLoss], Answers | None]:
-        """Each client's held-out examples under what it was handed last: one loss a client, and the
-        answers' means over all."""
-        wanted = self.config.evaluation
-        losses, scores = [], []
-        for client in self.cohort.clients:
-            held_out = client.held_out[: wanted.max_examples or None]
-            with self._as_handed(client) as network:
-                losses.append(loss_on(network, held_out, batch=wanted.batch))
-                if wanted.answers:
-                    scores += evaluation.score(
-                        network,
-                        self.cohort.questions[client.name],
-                        self.config.data.prompt_template(),
-                        self.cohort.tokeniser,
-                        length=self.config.data.length,
-                        new_tokens=wanted.new_tokens,
-                    )
-        return losses, evaluation.mean_answers(scores)
-
-    @contextmanager
-    def _as_handed(self, client: Client) -> Iterator[nn.Module]:
-        """The model as a client begins the next round with it."""
-        adapter = None if self.merging else self.server.handout(client.name).adapter
-        if adapter is None:  # merged already, or not trained yet
-            yield self.cohort.model.network
-        else:
-            with self.cohort.model.adapter(adapter) as network:
-                yield network
-
-    def _distances(
-        self, outcome: RoundOutcome, folder: Path, handed: dict[str, Adapter]
-    ) -> dict[str, Distance | None]:
-        """Of what each client is handed from the sum that the server holds; writes its spectra."""
-        aggregate = outcome.aggregate
-        if not self.config.evaluation.distance or aggregate is None:
-            return {}
-        whole = handed.get(MERGED)
-        kept = not self.merging and self.server.optimiser.dense
-        delta: Callable[[str], torch.Tensor] = self.server.delta if kept else aggregate.delta
-        if whole is not None:
-            delta = whole.delta
-        values = evaluation.spectra(aggregate.modules, delta)
-        spectra = {"modules": {name: falling.tolist() for name, falling in values.items()}}
-        write_whole(folder / "spectra.json", json.dumps(spectra))
-        # Clients of one configuration are handed the same memory, and where they merge, all are.
-        measured = {
-            each.flat.data_ptr(): evaluation.distance(each, delta, values) for each in _distinct(handed)
-        }
-        return {
-            name: measured[handed[MERGED if self.merging else name].flat.data_ptr()]
-            for name in self.server.clients
-        }
-
-    def _bytes_down(self, client: Client) -> int:
-        adapter = self.server.handout(client.name).adapter
-        return adapter.nbytes if adapter else 0
-
-    def _round_line(
-        self,
-        number: int,
-        losses: Sequence[TokenLoss] | None,
-        answers: Answers | None,
-        outcome: RoundOutcome | None,
-        clock: _Clock,
-        downs: dict[str, int] | None = None,
-        updates: Sequence[ClientUpdate] = (),
-    ) -> Line:
-        whole = evaluation.together(losses) if losses is not None else TokenLoss(0.0, 0)
-        scored = self.config.evaluation.answers
-        return {
-            "kind": "round",
-            "method": self.server.method.name,
-            "round": number,
-            "loss": _finite(whole.mean),
-            "perplexity": _finite(evaluation.perplexity(whole)),
-            "participants": len(outcome.participants) if outcome else 0,
-            "failures": {each.client: each.reason for each in outcome.failures} if outcome else {},
-            "exact_match": answers.exact_match if answers and "exact-match" in scored else None,
-            "rouge_l": answers.rouge_l if answers and "rouge-l" in scored else None,
-            "seconds": clock.seconds(),
-            "bytes_up": sum(update.adapter.nbytes for update in updates),
-            "bytes_down": sum((downs or {}).values()),
-        }
-
-    def _client_lines(
-        self,
-        number: int,
-        losses: Sequence[TokenLoss] | None,
-        distances: dict[str, Distance | None],
-        downs: dict[str, int],
-        updates: Sequence[ClientUpdate],
-    ) -> Iterator[Line]:
-        up = {update.client_id: update.adapter.nbytes for update in updates}
-        for place, client in enumerate(self.cohort.clients):
-            took_part = client.name in up
-            trained = client.outcome if took_part else None
-            distance = distances.get(client.name)
-            yield self._client_line(
-                number,
-                client,
-                participated=took_part,
-                train_loss=_finite(trained.loss) if trained else None,
-                steps=trained.steps if trained else 0,
-                held_out_loss=_finite(losses[place].mean) if losses is not None else None,
-                distance=distance.received if distance else None,
-                optimal_distance=distance.optimal if distance else None,
-                bytes_up=up.get(client.name, 0),
-                bytes_down=downs[client.name],
-                train_seconds=trained.seconds if trained else 0.0,
-            )
-
-    def _client_line(self, number: int, client: Client, **measured: object) -> Line:
-        return {
-            "kind": "client",
-            "method": self.server.method.name,
-            "round": number,
-            "client": client.name,
-            "rank": client.config.r,
-            "participated": False,
-            "train_loss": None,
-            "steps": 0,
-            "held_out_loss": None,
-            "distance": None,
-            "optimal_distance": None,
-            "bytes_up": 0,
-            "bytes_down": 0,
-            "train_seconds": 0.0,
-        } | measured
-
-
-class _Clock:
-    """Seconds by what they were spent on, since it was made."""
-
-    def __init__(self) -> None:
-        self._begun = time.perf_counter()
-        self._spent = dict.fromkeys(("train", "aggregate", "evaluate"), 0.0)
-
-    @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
-        started = time.perf_counter()
+    def _train(self, record: RoundRecord, attempt: int) -> bool:
+        """The round's clients train, and the strategy has their updates; False where it was stopped."""
+        number = record.round
+        chosen = self._participants(number, attempt)
+        self.strategy.start_round(chosen)
+        self.folder.begin_round(number)
+        self.observer(RoundStarted(number, chosen))
+        for client in record.clients.values():
+            client.outcome, client.bytes_up = None, 0
+        wanted = self.config.federation
+        jobs = [
+            Job(self.strategy.name, name, number, self.folder.path, wanted.timeout) for name in chosen
+        ]
+        results = self.train(jobs, lambda client, step: self._stepped(number, client, step))
         try:
-            yield
+            while True:
+                with record.clock("train"):
+                    trained = next(results, None)
+                if trained is None:
+                    return True
+                self._receive(record, trained)
+                if self.stop():
+                    return False
         finally:
-            self._spent[what] += time.perf_counter() - started
+            results.close()
 
-    def seconds(self) -> dict[str, float]:
-        whole = time.perf_counter() - self._begun
-        return self._spent | {"other": whole - sum(self._spent.values())}
+    def _participants(self, number: int, attempt: int) -> tuple[str, ...]:
+        """Those drawn for a round, in the order of the clients."""
+        names = [client.name for client in self.strategy.trained]
+        count = participants(self.config.federation, len(names))
+        draw = np.random.default_rng(seed_of(self.config.seed, "participants", number, attempt))
+        return tuple(names[i] for i in sorted(draw.choice(len(names), count, replace=False).tolist()))
 
+    def _stepped(self, number: int, client: str, step: Step) -> None:
+        self.observer(ClientStep(number, client, step.step, step.steps, step.loss))
 
-def _check_simulated(config: RunConfig) -> None:
-    wanted = config.federation
-    references = [method for method in wanted.methods if method in REFERENCES]
-    if references:
-        raise InvalidInput(
-            "no federated method of adapters, so it cannot be simulated by rounds of them",
-            field="federation.methods",
-            got=references[0],
-            cure="Leave it out",
-        )
-    if wanted.workers != 1:
-        raise InvalidInput(
-            "a simulation trains its clients one after the other, in one process",
-            field="federation.workers",
-            expected=1,
-            got=wanted.workers,
-        )
+    def _receive(self, record: RoundRecord, trained: Trained) -> None:
+        with record.clock("aggregate"):
+            failure = self.strategy.receive(trained)
+        if failure is None:
+            own = record.clients[trained.client]
+            own.outcome, own.bytes_up = trained.outcome, self.strategy.bytes_up(trained)
+        loss = trained.outcome.loss if trained.outcome else None
+        self.observer(ClientFinished(record.round, trained.client, loss, failure))
 
+    def _hand_out(self, record: RoundRecord) -> None:
+        """Writes what the next round begins with, and measures it."""
+        number, wanted = record.round, self.config.evaluation
+        self._write_weights(record)
+        self.strategy.write(self.folder, number)
+        with record.clock("aggregate"):
+            bring_to_round(self.cohort.model, self.folder, number + 1)
+        with record.clock("evaluate"):
+            for name, distance in self.strategy.measured(self.folder, number).items():
+                record.clients[name].distance = distance
+        if number % wanted.every == 0 or number == self.config.federation.rounds:
+            self._evaluate(record)
+        self._complete(record)
+        if self.config.output.keep == "last":
+            self.folder.forget_updates(number)
+            self.folder.forget_handouts(number - 1)
 
-def _server(method: str, config: RunConfig, cohort: Cohort) -> Server:
-    wanted = config.federation
-    return Server(
-        method,
-        cohort.fresh,
-        optimiser=_optimiser(config),
-        min_clients=wanted.min_clients,
-        on_too_few=wanted.on_too_few,
-        seed=seed_of(config.seed, "server") % 2**31,
-        device="cuda" if cohort.model.device.type == "cuda" else "cpu",
-    )
+    def _write_weights(self, record: RoundRecord) -> None:
+        """What `fastagg aggregate --weights` takes beside the round's updates."""
+        examples = {client.name: len(client.train) for client in self.strategy.trained}
+        counted = {own.name: examples[own.name] for own in record.clients.values() if own.outcome}
+        write_whole(self.folder.round(record.round) / "weights.json", json.dumps(counted))
 
+    def _evaluate(self, record: RoundRecord) -> None:
+        """Each client's held-out examples under what it was handed last."""
+        wanted, scores = self.config.evaluation, []
+        with record.clock("evaluate"):
+            for client in self.cohort.clients:
+                held_out = client.held_out[: wanted.max_examples or None]
+                with self.strategy.as_handed(client) as network:
+                    record.clients[client.name].held_out = loss_on(network, held_out, batch=wanted.batch)
+                    if wanted.answers:
+                        scores += evaluation.score(
+                            network,
+                            self.cohort.questions[client.name],
+                            self.config.data.prompt_template(),
+                            self.cohort.tokeniser,
+                            length=self.config.data.length,
+                            new_tokens=wanted.new_tokens,
+                        )
+        record.answers = evaluation.mean_answers(scores)
 
-def _optimiser(config: RunConfig) -> ServerOptimiser:
-    wanted = config.federation
-    rate = wanted.server_learning_rate
-    match wanted.optimiser:
-        case "fedavg":
-            return FedAvg()
-        case "fedavgm":
-            return FedAvgM(rate, wanted.beta1)
-        case "fedadam":
-            return FedAdam(rate, wanted.beta1, wanted.beta2, wanted.tau)
-        case "fedyogi":
-            return FedYogi(rate, wanted.beta1, wanted.beta2, wanted.tau)
+    def _new_record(self, number: int) -> RoundRecord:
+        known: Mapping[str, Client] = {
+            client.name: client for client in (*self.cohort.clients, *self.strategy.trained)
+        }
+        clients = {
+            name: ClientRecord(
+                name,
+                None if self.strategy.name == FULL else client.config.r,
+                bytes_down=self.strategy.bytes_down(name) if number else 0,
+            )
+            for name, client in known.items()
+        }
+        answers = self.config.evaluation.answers
+        return RoundRecord(self.strategy.name, number, clients, scored=answers)
 
-
-def _participants(
-    config: RunConfig, clients: Sequence[Client], number: int, attempt: int
-) -> list[Client]:
-    """Those drawn for a round, in the order of the clients."""
-    wanted = config.federation
-    count = wanted.clients_per_round or max(1, round(wanted.participation * len(clients)))
-    count = min(max(count, wanted.min_clients), len(clients))
-    draw = np.random.default_rng(seed_of(config.seed, "participants", number, attempt))
-    return [clients[i] for i in sorted(draw.choice(len(clients), count, replace=False).tolist())]
-
-
-def _write_similarity(folder: Path, updates: Sequence[ClientUpdate]) -> None:
-    names = [update.client_id for update in updates]
-    table = {"clients": names, "cosine": evaluation.similarity(updates)}
-    write_whole(folder / "similarity.json", json.dumps(table))
-
-
-def _distinct(adapters: Mapping[str, Adapter]) -> Iterable[Adapter]:
-    """Each buffer's adapter once."""
-    return {adapter.flat.data_ptr(): adapter for adapter in adapters.values()}.values()
-
-
-def _finite(value: float) -> float | None:
-    """JSON has neither NaN nor infinity."""
-    return value if math.isfinite(value) else None
+    def _complete(self, record: RoundRecord) -> None:
+        lines = record.lines()
+        self.folder.complete_round(record.round, lines)
+        self.observer(RoundFinished(record.round, lines[0]))
