@@ -179,6 +179,28 @@ class Aggregate:
         self.add_delta(module, matrix)
         return (matrix.t() if slot.transposed else matrix).reshape(slot.weight_shape).cpu()
 
+    def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """dW = B A of one module in the factors that were kept, without forming it.
+
+        Returns:
+            A (R, n) and B (m, R), float64, on the CPU: the clients' stack with p_k s_k multiplied
+            into A, or the averaged factors with their scalings in B. In float32 p_k s_k A_k would
+            be rounded once more than dW is, and could overflow where dW does not. None where the
+            accumulator, which memory may have chosen, kept dW alone: see :meth:`delta`.
+
+        Raises:
+            InvalidInput: no such module.
+
+        O(R (m + n)) time and memory.
+        """
+        self._slot(module)
+        bucket, place = self._source.index.where(module)
+        chunk = self._source.load(bucket, place, place + 1)
+        if chunk.dense is not None:
+            return None
+        a, b = chunk.exact_factors(0)
+        return a.cpu(), b.cpu()
+
     def add_delta(self, module: str, matrix: torch.Tensor, *, transposed: bool = False) -> None:
         """Adds dW of one module into an (m, n) matrix in place, or dW^T into an (n, m) one.
 

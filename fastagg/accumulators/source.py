@@ -45,6 +45,17 @@ class Chunk:
         assert self.bt is not None
         return self.a, self.bt
 
+    def exact_factors(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (R, n) and B (m, R) of one module in float64, dW = B A; not where dW itself is held.
+
+        The coefficients are multiplied into A: in float32 that could overflow where dW does not.
+        """
+        rows = int(self.ranks[place])
+        a, bt = (slab[place, :rows].double() for slab in self.factors)
+        if self.coefficients is not None:
+            a = self.coefficients[place, :rows, None] * a
+        return a, bt.mT
+
     def add_to(self, place: int, matrix: torch.Tensor, *, transposed: bool) -> None:
         """Adds dW of one module into an (m, n) matrix in place, or its transpose into an (n, m) one.
 
@@ -54,18 +65,16 @@ class Chunk:
             delta = self.dense[place].to(matrix.device)
             matrix.add_(delta.mT if transposed else delta)
             return
+        if matrix.dtype == torch.float64:
+            a, b = (factor.to(matrix.device) for factor in self.exact_factors(place))
+            matrix.addmm_(*((a.mT, b.mT) if transposed else (b, a)))
+            return
         a, bt = (slab[place : place + 1].to(matrix.device) for slab in self.factors)
         coefficients = self.coefficients
         if coefficients is not None:
             coefficients = coefficients[place : place + 1].to(matrix.device)
         # (B diag(c) A)^T = A^T diag(c) B^T: the same product with the slabs' parts swapped.
         left, right = (a, bt) if transposed else (bt, a)
-        if matrix.dtype == torch.float64:
-            scaled = right[0].double()
-            if coefficients is not None:
-                scaled = coefficients[0].double().unsqueeze(-1) * scaled
-            matrix.addmm_(left[0].double().mT, scaled)
-            return
         ops.reconstruct_(matrix.unsqueeze(0), right, left, coefficients)
 
 
