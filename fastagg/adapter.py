@@ -174,11 +174,11 @@ class Adapter:
         a = view(self._flat, slot.a).view(slot.rank, slot.n)
         return a, view(self._flat, slot.b).view(slot.m, slot.rank)
 
-    def delta(self, module: str) -> torch.Tensor:
-        """scaling * B A in float32 and the shape of the module's own weight."""
+    def delta(self, module: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """scaling * B A in float32, or another dtype, and the shape of the module's own weight."""
         slot = self._slot(module)
         a, b = self.factors(module)
-        product = torch.mm(b.float(), a.float()).mul_(slot.scaling)
+        product = torch.mm(b.to(dtype), a.to(dtype)).mul_(slot.scaling)
         return (product.t() if slot.transposed else product).reshape(slot.weight_shape)
 
     def check_unchanged(self, client: str | None = None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from simulated_runs import RANKS, assert_same_runs, configured, lines
 
 pytest.importorskip("peft")
@@ -114,6 +115,9 @@ def test_distances_and_spectra_are_those_of_the_sum(settings: dict[str, Any], tm
     """Against float64: FLoRA's stack is dW of round 1, which FlexLoRA's clients get at their rank."""
     assert simulate(configured(settings, federation__methods="flora,flexlora", federation__rounds=1))
     run = tmp_path / "run"
+    for line in RunFolder(run / "flora").metrics():
+        if line["kind"] == "client" and line["round"] == 1:
+            assert line["distance"] <= 1e-6 and line["optimal_distance"] <= 1e-14
     stack = Adapter.load(run / "flora" / "rounds" / "0001" / "adapters" / "merged")
     exact = {}
     for module in stack.modules:
@@ -124,8 +128,10 @@ def test_distances_and_spectra_are_those_of_the_sum(settings: dict[str, Any], tm
     spectra = {module: torch.linalg.svdvals(delta) for module, delta in exact.items()}
     norm = torch.cat([delta.flatten() for delta in exact.values()]).norm()
     for module, values in spectra.items():
+        rank = min(sum(RANKS), len(values))
+        assert len(written[module]) == rank  # what follows is zero
         torch.testing.assert_close(
-            torch.tensor(written[module], dtype=torch.float64), values, rtol=0, atol=2e-6 * float(norm)
+            torch.tensor(written[module]).double(), values[:rank], rtol=0, atol=2e-6 * float(norm)
         )
     for line in RunFolder(run / "flexlora").metrics():
         if line["kind"] == "client" and line["round"] == 1:
@@ -137,6 +143,35 @@ def test_distances_and_spectra_are_those_of_the_sum(settings: dict[str, Any], tm
             assert line["optimal_distance"] == pytest.approx(float(tail), abs=1e-5)
             assert line["distance"] == pytest.approx(float(error / norm), abs=1e-5)
             assert line["distance"] == pytest.approx(line["optimal_distance"], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["flora", "flexlora"])
+def test_distances_are_from_what_an_optimiser_made(
+    settings: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    """The sum of its changes, or where clients merge its last change, which they get as it is."""
+    config = configured(settings, federation__methods=method, federation__optimiser="fedadam")
+    assert simulate(config)
+    folder = tmp_path / "run" / method / "rounds" / "0003"
+    state = load_file(folder / "state.safetensors")
+    if method == "flora":
+        merged = Adapter.load(folder / "adapters" / "merged")
+        exact = {module: merged.delta(module).double() for module in merged.modules}
+    else:
+        totals = {key: tensor for key, tensor in state.items() if key.startswith("total/")}
+        exact = {key.partition("/")[2]: tensor.double() for key, tensor in totals.items()}
+    written = json.loads((folder / "spectra.json").read_text())["modules"]
+    spectra = {module: torch.linalg.svdvals(delta) for module, delta in exact.items()}
+    assert written.keys() == spectra.keys() and written
+    for module, values in spectra.items():
+        torch.testing.assert_close(torch.tensor(written[module]).double(), values, rtol=1e-6, atol=1e-6)
+    norm = torch.cat([delta.flatten() for delta in exact.values()]).norm()
+    for line in RunFolder(tmp_path / "run" / method).metrics():
+        if line["kind"] == "client" and line["round"] == 3:
+            rank = 10**6 if method == "flora" else line["rank"]
+            tail = torch.cat([values[rank:] for values in spectra.values()]).norm() / norm
+            assert line["optimal_distance"] == pytest.approx(float(tail), rel=1e-6)
+            assert line["distance"] == pytest.approx(float(tail), rel=1e-4, abs=1e-14)
 
 
 def test_similarity_is_the_cosine_of_the_updates(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from fastagg.adapter import Adapter
@@ -136,23 +135,18 @@ class AdapterStrategy:
         aggregate = self._outcome.aggregate if self._outcome else None
         if not self._cohort.config.evaluation.distance or aggregate is None:
             return {}
-        delta: Callable[[str], torch.Tensor] = aggregate.delta
-        if self._merging:
-            delta = self._handed(self.trained[0].name).delta
-        elif self._server.optimiser.dense:
-            delta = self._server.delta
-        values = evaluation.spectra(aggregate.modules, delta)
-        spectra = {"modules": {name: falling.tolist() for name, falling in values.items()}}
-        write_whole(run.round(round) / "spectra.json", json.dumps(spectra))
-        measured: dict[int, Distance | None] = {}
-        found = {}
-        for client in self.trained:
-            adapter = self._handed(client.name)
-            place = adapter.flat.data_ptr()
-            if place not in measured:
-                measured[place] = evaluation.distance(adapter, delta, values)
-            found[client.name] = measured[place]
-        return found
+        handed = {client.name: self._handed(client.name) for client in self.trained}
+
+        def held(module: str) -> evaluation.Delta:
+            if not self._server.optimiser.dense:
+                return aggregate.factors(module) or aggregate.delta(module)
+            if self._merging:  # the change itself, which all are handed
+                return handed[self.trained[0].name].delta(module)
+            return self._server.delta(module)
+
+        spectra, distances = evaluation.compare(aggregate.modules, held, handed)
+        write_whole(run.round(round) / "spectra.json", json.dumps({"modules": spectra}))
+        return distances
 
     def bytes_up(self, trained: Trained) -> int:
         """See :class:`Strategy`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -17,6 +17,9 @@ from fastagg.federated.clients.token_loss import TokenLoss
 from fastagg.federated.data.examples import Example
 from fastagg.federated.data.prompt import PromptTemplate, Tokeniser, encode_prompt
 from fastagg.update import ClientUpdate
+
+Delta = tuple[Tensor, Tensor] | Tensor
+"""dW of a module: A (R, n) and B (m, R) with dW = B A, or dW itself in the shape of its weight."""
 
 
 @dataclass(frozen=True)
@@ -107,39 +110,103 @@ def mean_answers(scores: Sequence[Answers]) -> Answers | None:
     return Answers(fmean(s.exact_match for s in scores), fmean(s.rouge_l for s in scores))
 
 
-def spectra(modules: Sequence[str], delta: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Module -> the singular values of its dW, falling; float64, on the CPU.
-
-    Convolutions count as the matrices (out, in x kernel) that their adapters are of.
-    """
-    return {name: torch.linalg.svdvals(delta(name).double().flatten(1)) for name in modules}
-
-
-def distance(
-    received: Adapter, delta: Callable[[str], Tensor], values: Mapping[str, Tensor]
-) -> Distance | None:
-    """How far an adapter is from dW, in float64; None where dW is zero.
+def compare(
+    modules: Sequence[str], held: Callable[[str], Delta], received: Mapping[str, Adapter]
+) -> tuple[dict[str, list[float]], dict[str, Distance | None]]:
+    """What the rank of dW is, and what each client's rank costs.
 
     Args:
-        delta: dW of a module, in the shape of its weight.
-        values: its singular values, see :func:`spectra`. By Eckart and Young, what is beyond the
-            adapter's rank is the least error.
+        held: dW of a module, as factors or as a whole, see :data:`Delta`.
+        received: client -> what it is handed; adapters that share their memory are measured once.
+
+    Returns:
+        Module -> the singular values of dW, falling; those beyond are zero. Convolutions count as
+        the matrices (out, in x kernel) that their adapters are of.
+        Client -> the distance of its adapter from dW over all modules, those that it lacks counted
+        as zero; None where dW is zero. By Eckart and Young, what is beyond its rank is the least.
+
+    In float64, one module at a time. For factors of rank R, and r the ranks of all distinct adapters
+    together, O((m + n)(R + r)^2) and (m + n)(R + r) numbers; for a dense dW its SVD.
     """
-    error = least = norm = 0.0
-    for name, falling in values.items():
-        wanted = delta(name).double()
-        norm += float(wanted.square().sum())
-        if name in received.modules:
-            error += float((received.delta(name).double() - wanted).square().sum())
-            least += float(falling[received.rank(name) :].square().sum())
+    distinct = {adapter.flat.data_ptr(): adapter for adapter in received.values()}
+    spectra: dict[str, list[float]] = {}
+    norms: list[float] = []
+    errors: dict[int, list[float]] = {memory: [] for memory in distinct}
+    least: dict[int, list[float]] = {memory: [] for memory in distinct}
+    for name in modules:
+        having = {memory: each for memory, each in distinct.items() if name in each.modules}
+        delta = held(name)
+        if isinstance(delta, Tensor):
+            falling, found = _of_matrix(delta, name, having.values())
         else:
-            error += float(wanted.square().sum())
-            least += float(wanted.square().sum())
-    return Distance(math.sqrt(error / norm), math.sqrt(least / norm)) if norm else None
+            falling, found = _of_factors(delta, name, having.values())
+        spectra[name] = falling.tolist()
+        norms.append(float(falling.norm()))
+        missed = dict(zip(having, found, strict=True))
+        for memory in distinct:
+            rank = having[memory].rank(name) if memory in having else 0
+            errors[memory].append(missed.get(memory, norms[-1]))
+            least[memory].append(float(falling[rank:].norm()))
+    norm = math.hypot(*norms)
+
+    def distance(memory: int) -> Distance | None:
+        if not norm:
+            return None
+        return Distance(math.hypot(*errors[memory]) / norm, math.hypot(*least[memory]) / norm)
+
+    return spectra, {name: distance(each.flat.data_ptr()) for name, each in received.items()}
+
+
+def _of_factors(
+    factors: tuple[Tensor, Tensor], name: str, received: Iterable[Adapter]
+) -> tuple[Tensor, list[float]]:
+    """The singular values of B A, (min(m, n, R),), and |s_k B_k A_k - B A| for each adapter.
+
+    With Q_B an orthonormal basis of the columns of B and of all B_k, and Q_A one for A^T and all A_k^T,
+    both are those of the small matrices Q_B^T (..) Q_A. Nothing is squared before it is subtracted: a
+    distance is off by rounding, some 1e-15 of the terms that dW is the sum of, however small it is.
+    """
+    rows, columns = [factors[0]], [factors[1]]
+    for adapter in received:
+        a, b = adapter.factors(name)
+        rows.append(a.double())
+        columns.append(b.double() * adapter.scaling(name))
+    rank = len(factors[0])
+    left = _coordinates(torch.cat(columns, 1), rank)
+    right = _coordinates(torch.cat(rows).t(), rank)
+    wanted = left[:, :rank] @ right[:, :rank].t()
+    errors, start = [], rank
+    for each in rows[1:]:
+        own = slice(start, start + len(each))
+        errors.append(float(torch.addmm(wanted, left[:, own], right[:, own].t(), beta=-1).norm()))
+        start = own.stop
+    # dW comes first in both bases: all else of its coordinates is zero.
+    return torch.linalg.svdvals(wanted[:rank, :rank]), errors
+
+
+def _coordinates(columns: Tensor, rank: int) -> Tensor:
+    """The coordinates (.., N) of columns (k, N) in a basis that begins with one of the first ``rank``.
+
+    Where these fill the space, the basis is the one that they are given in.
+    """
+    return columns if len(columns) <= rank else torch.linalg.qr(columns, mode="r").R
+
+
+def _of_matrix(
+    delta: Tensor, name: str, received: Iterable[Adapter]
+) -> tuple[Tensor, list[float]]:
+    """:func:`_of_factors` of a dW that is dense, in the shape of its weight."""
+    delta = delta.double()
+    errors = [float((each.delta(name, torch.float64) - delta).norm()) for each in received]
+    return torch.linalg.svdvals(delta.flatten(1)), errors
 
 
 def similarity(updates: Sequence[ClientUpdate]) -> list[list[float]]:
-    """The cosines between clients' s B A, over all modules together; 0 against an update of zero."""
+    """The cosines between clients' s B A, over all modules together; 0 against an update of zero.
+
+    One module at a time: its clients' factors twice in float32, and Gram matrices of R x R float64,
+    for R the sum of their ranks there.
+    """
     clients = len(updates)
     gram = torch.zeros(clients, clients, dtype=torch.float64)
     for name in sorted({module for update in updates for module in update.adapter.modules}):
