@@ -94,6 +94,19 @@ def test_what_a_rank_keeps_is_its_share_of_the_energy(tmp_path: Path) -> None:
     assert line(figure, 1, 1)[0].tolist() == [2, 2]  # the client's rank
 
 
+def test_what_a_shorter_spectrum_lacks_is_zero(tmp_path: Path) -> None:
+    """The median of many modules is as long as the longest spectrum."""
+    modules = {f"m.{k}.q_proj": [4.0, 2.0, 1.0] if k % 3 else [1.0] for k in range(60)}
+    run = run_of(
+        tmp_path / "run", rows_of("flora", rounds=1, ranks={"a": 2}), spectra={"modules": modules}
+    )
+    figure = spectra_figure(run)
+    for axes, expected in ((0, [1.0, 0.5, 0.25]), (1, [16 / 21, 20 / 21, 1])):
+        ranks, values = line(figure, axes, 60)
+        assert ranks.tolist() == [1, 2, 3]
+        np.testing.assert_allclose(values, expected)
+
+
 def test_the_heat_map_leaves_out_the_diagonal_and_what_is_unknown(tmp_path: Path) -> None:
     similarity = {
         "clients": ["a", "b", "c"],

@@ -103,10 +103,11 @@ def _median_of_kind(
     all_axes: Sequence[Axes], members: Sequence[np.ndarray], colour: str, line: LineStyle
 ) -> None:
     """The median over the modules of a kind, above their own lines."""
-    length = min(map(len, members))
-    energies = [np.cumsum(spectrum**2)[:length] / np.sum(spectrum**2) for spectrum in members]
-    relative = [spectrum[:length] / spectrum[0] for spectrum in members]
-    for axes, curves in zip(all_axes, (relative, energies), strict=True):
+    length = max(map(len, members))
+    # What follows a module's last singular value are zeros.
+    whole = [np.pad(spectrum / spectrum[0], (0, length - len(spectrum))) for spectrum in members]
+    energies = [np.cumsum(spectrum**2) / np.sum(spectrum**2) for spectrum in whole]
+    for axes, curves in zip(all_axes, (whole, energies), strict=True):
         middle = np.median(curves, axis=0)
         axes.plot(
             np.arange(1, length + 1),

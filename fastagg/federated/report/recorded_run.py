@@ -21,7 +21,7 @@ else:
 
 
 class Spectra(BaseModel):
-    """modules: module -> the singular values of its dW, falling."""
+    """modules: module -> the singular values of its dW, falling; those that follow are zero."""
 
     modules: Mapping[str, tuple[float, ...]]
 
