@@ -136,7 +136,7 @@ class _Run:
             for client, loss in zip(self.cohort.clients, losses, strict=True)
         ]
         self.folder.complete_round(0, [line, *clients])
-        self.observer(RoundFinished(0, line))
+        self.observer(RoundFinished(0, line, clients))
 
     def _round(self, number: int) -> bool:
         """One round, repeated until it counts; False where it was stopped."""
@@ -219,12 +219,11 @@ class _Run:
         for name, adapter in handed.items():
             adapter.save(folder / "adapters" / name)
         line = self._round_line(number, losses, answers, outcome, clock, downs, updates)
-        self.folder.complete_round(
-            number, [line, *self._client_lines(number, losses, distances, downs, updates)]
-        )
+        clients = [*self._client_lines(number, losses, distances, downs, updates)]
+        self.folder.complete_round(number, [line, *clients])
         if self.config.output.keep == "last" and number > 1 and not self.merging:
             self.folder.forget_adapters(number - 1)
-        self.observer(RoundFinished(number, line))
+        self.observer(RoundFinished(number, line, clients))
 
     def _handed_out(self) -> dict[str, Adapter]:
         """What the next round begins with, by client; the one adapter that all merge as MERGED."""
