@@ -170,8 +170,8 @@ def test_one_that_is_not_installed_is_refused(
 
 def test_a_refused_login_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(**_: object) -> None:
-        raise wandb.errors.UsageError("No API key configured")
+        raise wandb.errors.UsageError("No API key configured.")
 
     monkeypatch.setattr(wandb, "init", refused)
-    with pytest.raises(FastAggError, match=r"No API key.*WANDB_MODE=offline"):
+    with pytest.raises(FastAggError, match=r"No API key configured\. Log in .*WANDB_MODE=offline"):
         run(settings(tmp_path / "out", "wandb"), 0)

@@ -124,8 +124,8 @@ class _WeightsAndBiases:
             )
         except wandb.errors.Error as error:
             raise FastAggError(
-                f"Weights & Biases began no run: {error}. Log in (wandb login), or set "
-                "WANDB_MODE=offline"
+                f"Weights & Biases began no run: {str(error).rstrip('.')}. Log in (wandb login), or "
+                "set WANDB_MODE=offline"
             ) from error
 
     def write(self, round_number: int, scalars: Scalars) -> None:
