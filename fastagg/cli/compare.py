@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from fastagg.cli.failures import command
 from fastagg.cli.options import Json
 from fastagg.cli.printing import console, print_json
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from fastagg.federated.report.compare import Comparison
 
 
 @command
@@ -66,46 +61,12 @@ def compare(
             }
         )
         return
+    from fastagg.cli.comparison_tables import print_comparison
+
     screen = console()
-    screen.print(_runs_table(comparison))
-    if comparison.differing_settings():
-        screen.print(_settings_table(comparison))
-    for run in comparison.runs:
-        for note in run.notes:
-            screen.print(f"{run.label}: {note}", markup=False)
+    print_comparison(comparison, screen)
     for path in written:
         screen.print(f"written: {path}", markup=False)
-
-
-def _runs_table(comparison: Comparison) -> Table:
-    from rich.markup import escape
-
-    from fastagg.cli.tables import table
-    from fastagg.federated.report.run_summary import columns_for
-
-    columns = columns_for(comparison.summaries)
-    made = table(
-        "Runs (held-out losses in nats a token; the least is bold)",
-        *(column.heading for column in columns),
-        right=[column.heading for column in columns if column.numeric],
-    )
-    for summary in comparison.summaries:
-        best = summary is comparison.best
-        made.add_row(
-            *(escape(column.text(summary)) for column in columns), style="bold" if best else None
-        )
-    return made
-
-
-def _settings_table(comparison: Comparison) -> Table:
-    from rich.markup import escape
-
-    from fastagg.cli.tables import table
-
-    made = table("Settings that differ", "setting", *(escape(run.label) for run in comparison.runs))
-    for name, values in comparison.differing_settings().items():
-        made.add_row(escape(name), *(escape(value) for value in values))
-    return made
 
 
 def register(app: typer.Typer) -> None:

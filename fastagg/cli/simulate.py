@@ -1,56 +1,33 @@
-"""`fastagg simulate`: federated fine-tuning, all clients in one process."""
+"""`fastagg simulate`: federated fine-tuning, all clients on one machine."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastagg.cli.failures import INTERRUPTED, command, say
 from fastagg.cli.options import Json
-from fastagg.cli.printing import print_json
+from fastagg.cli.printing import console, print_json
+from fastagg.cli.setting_options import CONTEXT, SettingsCommand, given_settings
+
+if TYPE_CHECKING:
+    from fastagg.federated.report.compare import Comparison
 
 
 @command
 def simulate(
+    context: typer.Context,
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG.toml", help="The run's settings.", show_default=False)
-    ],
-    methods: Annotated[
-        str | None, typer.Option(help="Methods to compare, such as flora,flexlora.", show_default=False)
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds in all.", show_default=False)] = None,
-    clients: Annotated[
-        int | None, typer.Option(min=1, help="Number of clients.", show_default=False)
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="A Hugging Face id, a local folder, or 'embedded'.", show_default=False),
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="The clients' largest.", show_default=False)
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where clients train: cpu, cuda or auto.", show_default=False)
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Of all random draws.", show_default=False)
-    ] = None,
-    out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="OUT", help="The run's folder.", show_default=False),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Any setting by its dotted name, such as training.batch=4; may be given again.",
+        typer.Argument(
+            metavar="CONFIG.toml",
+            help="Settings; options win over it, and what is in neither has its default.",
             show_default=False,
         ),
     ] = None,
@@ -67,66 +44,64 @@ def simulate(
     from rich.console import Console
 
     from fastagg.federated.simulation.config import RunConfig
+    from fastagg.federated.simulation.events import to_all
     from fastagg.federated.simulation.live import LiveView
-    from fastagg.federated.simulation.run_folder import RunFolder
+    from fastagg.federated.simulation.quiet import quiet_libraries
     from fastagg.federated.simulation.simulate import simulate as run_simulation
+    from fastagg.federated.simulation.trackers import Trackers
 
-    named = {
-        "federation.methods": methods,
-        "federation.rounds": rounds,
-        "data.clients": clients,
-        "model.name": model,
-        "training.learning_rate": learning_rate,
-        "model.device": device,
-        "seed": seed,
-        "output.folder": out,
-    }
-    options = {name: str(value) for name, value in named.items() if value is not None}
-    wanted = RunConfig.read(config, options | _parsed(settings or []))
+    quiet_libraries()
+    options = given_settings(context)
+    wanted = RunConfig.of({}, options) if config is None else RunConfig.read(config, options)
+    methods = wanted.federation.methods
     try:
-        with _asked_to_stop() as stop, LiveView(Console(stderr=json_output)) as view:
-            done = run_simulation(wanted, resume=resume, observer=view, stop=stop)
+        with (
+            _asked_to_stop() as stop,
+            LiveView(Console(stderr=json_output), len(methods)) as view,
+            Trackers(wanted) as trackers,
+        ):
+            observer = to_all(trackers, view)
+            if not run_simulation(wanted, resume=resume, observer=observer, stop=stop):
+                raise KeyboardInterrupt
     except KeyboardInterrupt:
-        done = False
-    if not done:
         say("interrupted; --resume goes on after the last complete round")
-        raise typer.Exit(INTERRUPTED)
-    folder = Path(wanted.output.folder)
-    runs = [folder / method for method in wanted.federation.methods]
-    report = folder / "report.html" if wanted.output.plots else None
+        raise typer.Exit(INTERRUPTED) from None
+    _present(Path(wanted.output.folder), methods, plots=wanted.output.plots, json_output=json_output)
+
+
+def _present(folder: Path, methods: Sequence[str], *, plots: bool, json_output: bool) -> None:
+    """The runs side by side: drawn into their folder, and printed."""
+    from fastagg.cli.comparison_tables import print_comparison
+    from fastagg.federated.report.compare import compare
+
+    comparison = compare([folder / method for method in methods])
+    report = folder / "report.html" if plots else None
     if report is not None:
-        _draw(runs, report)
+        _draw(comparison, folder, report)
     if json_output:
-        last = {}
-        for run in runs:
-            lines = RunFolder(run).metrics()
-            last[run.name] = [line for line in lines if line["kind"] == "round"][-1]
+        last = {run.method: run.rounds[-1].model_dump(mode="json") for run in comparison.runs}
         written = None if report is None else str(report)
         print_json({"folder": str(folder), "methods": last, "report": written})
-    elif report is not None:
-        typer.echo(f"report: {report}")
+        return
+    screen = console()
+    print_comparison(comparison, screen)
+    if report is not None:
+        screen.print(f"report: {report}", markup=False, soft_wrap=True)
 
 
-def _draw(folders: list[Path], report: Path) -> None:
-    """Each run's plots and page, and one page of them all."""
+def _draw(comparison: Comparison, folder: Path, report: Path) -> None:
+    """Each run's plots and page, and those of them all."""
+    from fastagg.federated.report.html_report import report as page
     from fastagg.federated.report.html_report import write_report
     from fastagg.federated.report.plots import write_plots
-    from fastagg.federated.report.recorded_run import read_runs
+    from fastagg.whole_file import write_whole
 
-    for folder, run in zip(folders, read_runs(folders), strict=True):
-        write_plots(run, folder / "plots")
-        write_report([folder], folder / "report.html")
-    write_report(folders, report)
-
-
-def _parsed(settings: list[str]) -> dict[str, str]:
-    found = {}
-    for text in settings:
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip():
-            raise typer.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--set")
-        found[name.strip()] = value.strip()
-    return found
+    for run in comparison.runs:
+        own = folder / run.method
+        write_plots(run, own / "plots")
+        write_report([own], own / "report.html")
+    comparison.write_plot(folder / "comparison.png")
+    write_whole(report, page(comparison))
 
 
 @contextmanager
@@ -150,4 +125,4 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command()(simulate)
+    app.command(cls=SettingsCommand, context_settings=CONTEXT)(simulate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -14,9 +15,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("pydantic")
 
 from recorded_folders import client_row, round_row, rows_of, spectra_of, whole_run, write_run
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from fastagg.cli.app import app
+from fastagg.cli.comparison_tables import print_comparison
 from fastagg.errors import InvalidInput
 from fastagg.federated.report.compare import compare
 from fastagg.federated.report.metrics import read_metrics
@@ -162,6 +165,18 @@ def test_the_command_prints_a_table_and_draws_a_plot(tmp_path: Path) -> None:
         assert word in result.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert page.read_text().startswith("<!doctype html>")
+
+
+def test_headings_stay_whole_on_a_narrow_screen(tmp_path: Path) -> None:
+    found = compare([small(tmp_path / "flora"), small(tmp_path / "hetlora", "hetlora")])
+    shown = {}
+    for width in (80, 200):
+        screen = Console(width=width, file=io.StringIO())
+        print_comparison(found, screen)
+        shown[width] = screen.file.getvalue()  # type: ignore[attr-defined]
+        for word in ("flora", "hetlora", "middle half of clients", "distance to its dW", "failures"):
+            assert word in shown[width], (width, word)
+    assert len(shown[80].splitlines()) > 15 > len(shown[200].splitlines())
 
 
 def test_the_command_for_programs(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from fastagg.federated.simulation.events import (
     RunStarted,
 )
 from fastagg.federated.simulation.live import LiveView
+from fastagg.federated.simulation.time_left import TimeLeft
 
 LINE = {
     "round": 1,
@@ -52,6 +53,56 @@ def test_lines_alone_where_nobody_watches() -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["[red]", "loss 2.500", "round 1, held-out loss 1.2500", "2/2", "4"])
+@pytest.mark.parametrize(
+    "text",
+    ["preparing", "[red]", "loss 2.500", "round 1, held-out loss 1.2500", "2/2", "4", " left in all"],
+)
 def test_bars_in_a_terminal(text: str) -> None:
     assert text in shown(terminal=True)
+
+
+class Clock:
+    """Seconds that pass when it is told."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_time_left_is_that_of_all_methods() -> None:
+    """A client takes 10 s, and what is around the training of a round 4 s."""
+    clock = Clock()
+    left = TimeLeft(methods=2, clock=clock)
+    estimates = []
+    for method in ("flora", "flexlora"):
+        left(RunStarted(method, 2, ("a", "b"), 0))
+        clock.now += 4
+        left(RoundFinished(0, LINE | {"seconds": {"train": 0.0, "evaluate": 4.0}}))
+        for number in (1, 2):
+            left(RoundStarted(number, ("a", "b")))
+            for client in ("a", "b"):
+                clock.now += 5
+                left(ClientStep(number, client, 1, 2, 2.5))
+                estimates.append((clock.now, left.seconds()))
+                clock.now += 5
+                left(ClientFinished(number, client, 2.0, None))
+                estimates.append((clock.now, left.seconds()))
+            clock.now += 4
+            left(RoundFinished(number, LINE | {"seconds": {"train": 20.0, "evaluate": 4.0}}))
+            estimates.append((clock.now, left.seconds()))
+    assert clock.now == 104
+    assert [seconds for _, seconds in estimates] == [104 - now for now, _ in estimates]
+
+
+def test_the_time_left_of_a_run_that_goes_on_and_repeats_a_round() -> None:
+    clock = Clock()
+    left = TimeLeft(methods=1, clock=clock)
+    left(RunStarted("flora", 4, ("a", "b", "c"), 2))
+    left(RoundStarted(3, ("a", "b")))
+    assert left.seconds() is None
+    clock.now = 10
+    left(ClientFinished(3, "a", None, "lost"))
+    assert left.seconds() == 30
+    left(RoundStarted(3, ("b", "c")))
+    assert left.seconds() == 40

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
 from pydantic import Field, ValidationError
@@ -87,25 +87,67 @@ class RunConfig(Section):
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting as an option: its dotted name, its default, and what it is for."""
+    """One setting as an option: its dotted name, and what a user reads of it.
+
+    default: as an option has it; empty where the setting is.
+    choices: its values, or a list's items, where there are but a few.
+    section: the dotted name of its section; empty at the top, as is that one's description.
+    """
 
     name: str
-    default: object
+    default: str
+    kind: str
+    choices: tuple[str, ...]
     description: str
+    section: str
+    section_description: str
 
 
 def all_settings() -> tuple[Setting, ...]:
     """Every setting, in the order of the sections."""
-    return tuple(_settings(RunConfig(), ""))
+    return tuple(_settings(RunConfig()))
 
 
-def _settings(section: Section, prefix: str) -> Iterator[Setting]:
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
+def _settings(section: Section, name: str = "", description: str = "") -> Iterator[Setting]:
+    for last, field in type(section).model_fields.items():
+        own = f"{name}.{last}" if name else last
+        value, purpose = getattr(section, last), field.description or ""
         if isinstance(value, Section):
-            yield from _settings(value, f"{prefix}{name}.")
+            yield from _settings(value, own, purpose)
         else:
-            yield Setting(prefix + name, value, field.description or "")
+            kind, choices = _kind(field.annotation), tuple(_choices(field.annotation))
+            yield Setting(own, _text(value), kind, choices, purpose, name, description)
+
+
+def _text(value: object) -> str:
+    """A value as an option has it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        tables = any(isinstance(item, Section) for item in value)
+        return f"[{', '.join(map(_table, value))}]" if tables else ",".join(map(str, value))
+    return str(value)
+
+
+def _table(section: Section) -> str:
+    """TOML's inline table."""
+    lines = tomli_w.dumps(section.model_dump(mode="json")).splitlines()
+    return f"{{{', '.join(lines)}}}"
+
+
+def _kind(annotation: Any) -> str:
+    """What a value looks like."""
+    of_origin = {tuple: "LIST", Literal: "CHOICE"}
+    of_type = {bool: "true|false", int: "INTEGER", float: "NUMBER"}
+    return of_origin.get(get_origin(annotation)) or of_type.get(annotation, "TEXT")
+
+
+def _choices(annotation: Any) -> Iterator[str]:
+    """Of a Literal, and of those in it."""
+    if isinstance(annotation, str):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _choices(inner)
 
 
 def _copied(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +56,25 @@ class ClientFinished:
 
 @dataclass(frozen=True)
 class RoundFinished:
-    """A round is complete and on disk; ``line`` is its own in metrics.jsonl. Round 0 is before any."""
+    """A round is complete and on disk; round 0 is before any.
+
+    line, clients: its own line of metrics.jsonl, and one of each client.
+    """
 
     round: int
     line: Mapping[str, Any]
+    clients: Sequence[Mapping[str, Any]] = ()
 
 
 Event = PreTrainingStep | RunStarted | RoundStarted | ClientStep | ClientFinished | RoundFinished
 Observer = Callable[[Event], None]
+
+
+def to_all(*observers: Observer) -> Observer:
+    """One observer for several; they are told in this order."""
+
+    def tell(event: Event) -> None:
+        for observer in observers:
+            observer(event)
+
+    return tell

@@ -340,3 +340,7 @@ class OutputSection(Section):
     folder: str = Field("run", min_length=1, description="The run's folder.")
     keep: Literal["last", "all"] = Field("last", description="Adapters of which rounds are kept.")
     plots: bool = Field(True, description="Draw PNGs and write report.html.")
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_items)] = Field(
+        (), description="Where else each round is logged, beside metrics.jsonl."
+    )
+    project: str = Field("fastagg", min_length=1, description="Project at Weights & Biases.")

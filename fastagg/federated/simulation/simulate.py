@@ -257,4 +257,4 @@ class _Run:
     def _complete(self, record: RoundRecord) -> None:
         lines = record.lines()
         self.folder.complete_round(record.round, lines)
-        self.observer(RoundFinished(record.round, lines[0]))
+        self.observer(RoundFinished(record.round, lines[0], tuple(lines[1:])))

@@ -24,6 +24,7 @@ from fastagg.federated.simulation.cohort import Cohort
 from fastagg.federated.simulation.config import RunConfig
 from fastagg.federated.simulation.job import Job, OnStep, Trained, perform
 from fastagg.federated.simulation.preparation import Prepared
+from fastagg.federated.simulation.quiet import quiet_libraries
 
 __all__ = ["Train", "trainers"]
 
@@ -157,6 +158,7 @@ def _serve(connection: Connection, config: RunConfig, prepared: Prepared, thread
     """A worker's life: jobs come in, steps and results go out, until the other end is closed."""
     # Ctrl-C goes to every process of a terminal; the first one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet_libraries()
     torch.set_num_threads(threads)
     cohort = method = None
     with suppress(EOFError, ConnectionError):
