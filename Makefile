@@ -1,4 +1,4 @@
-# make demo   the main job on an embedded example        make test   linters, types and all tests
+# make demo   two rounds of the loop, and a report       make test   linters, types and all tests
 # make bench  the measurements of the README             make clean  remove what these made
 #
 # Each makes a virtual environment under the checkout if there is none, and installs and builds only

@@ -350,6 +350,15 @@ class TestUsage:
         monkeypatch.setenv("FASTAGG_TRACEBACK", "1")
         assert isinstance(fastagg("inspect", clients[0]).exception, RuntimeError)
 
+    def test_a_library_that_is_not_installed_has_its_cure(
+        self, clients: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def missing(*_: object, **__: object) -> None:
+            raise ModuleNotFoundError("No module named 'peft'", name="peft")
+
+        monkeypatch.setattr("fastagg.folders.inspection.measure", missing)
+        refused(fastagg("inspect", clients[0]), 1, "peft", "pip install 'fastagg[federated]'")
+
 
 def poison(folder: Path) -> None:
     """One NaN into the last tensor of an adapter."""

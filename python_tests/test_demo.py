@@ -6,6 +6,9 @@ import hashlib
 import io
 import json
 import math
+import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,34 +19,42 @@ import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from fastagg import FastAggError  # noqa: E402
-from fastagg.demo.outcome import MethodOutcome, Outcome  # noqa: E402
-from fastagg.demo.run import run_demo  # noqa: E402
-from fastagg.demo.settings import FULL, METHODS, QUICK  # noqa: E402
-from fastagg.federated.data import corpus  # noqa: E402
+from fastagg import FastAggError
+from fastagg.cli.app import app
+from fastagg.demo.preset import METHODS, preset
+from fastagg.demo.received import Received
+from fastagg.demo.run import Outcome, run_demo
+from fastagg.federated.clients.ranks import FLORA_RANKS
+from fastagg.federated.data.corpus import language_reference
+from fastagg.federated.simulation.config import RunConfig
+from fastagg.federated.simulation.simulate import simulate
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 Matrices = dict[str, np.ndarray]
 
 FLOAT32_ROUNDING = 3e-7
+ALL_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 class Run:
     def __init__(self, folder: Path) -> None:
         text = io.StringIO()
         self.folder = folder
-        console = Console(file=text, width=120)
+        console = Console(file=text, width=200)
         self.outcome: Outcome = run_demo(folder, quick=True, console=console)
         self.printed = text.getvalue()
 
-    def method(self, name: str) -> MethodOutcome:
-        (found,) = (m for m in self.outcome.methods if m.method == name)
-        return found
+    def round(self, method: str, number: int = 1) -> Path:
+        return self.folder / method / "rounds" / f"{number:04d}"
+
+    def received(self, method: str) -> list[Received]:
+        return [each for each in self.outcome.received if each.method == method]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,9 +89,9 @@ def deltas(folder: Path) -> Matrices:
     return found
 
 
-def exact(run: Run) -> Matrices:
-    weights = json.loads((run.folder / "weights.json").read_text())
-    clients = {name: deltas(run.folder / "clients" / name) for name in weights}
+def exact(round: Path) -> Matrices:
+    weights = json.loads((round / "weights.json").read_text())
+    clients = {name: deltas(round / "updates" / name) for name in weights}
     total = sum(weights.values())
     return {
         module: sum(weights[name] / total * clients[name][module] for name in weights)
@@ -101,127 +112,183 @@ def truncated(matrices: Matrices, rank: int) -> Matrices:
     return best
 
 
+def metrics(folder: Path, kind: str) -> list[dict[str, object]]:
+    """The lines of a run, but for what is measured in seconds."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [
+        {name: value for name, value in line.items() if "seconds" not in name}
+        for line in lines
+        if line["kind"] == kind
+    ]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(folder.rglob("*.safetensors"))
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
 def test_distances_are_those_of_the_folders(run: Run) -> None:
-    expected = exact(run)
-    for method in run.outcome.methods:
-        for hand_out in method.hand_outs:
-            again = distance(deltas(Path(hand_out.folder)), expected)
-            assert hand_out.distance == pytest.approx(again, rel=1e-6, abs=1e-9)
-            best = distance(truncated(expected, hand_out.rank), expected)
-            assert hand_out.optimum == pytest.approx(best, rel=1e-6, abs=1e-9)
+    expected = exact(run.round("flora"))
+    assert {each.method for each in run.outcome.received} == set(METHODS)
+    for each in run.outcome.received:
+        for client in each.clients:
+            adapter = run.round(each.method) / "adapters" / ("merged" if each.stacked else client)
+            again = distance(deltas(adapter), expected)
+            assert each.distance == pytest.approx(again, rel=1e-6, abs=1e-9)
+        best = distance(truncated(expected, each.rank), expected)
+        assert each.optimum == pytest.approx(best, rel=1e-6, abs=1e-9)
+
+
+def test_all_methods_have_the_same_updates_in_the_first_round(run: Run) -> None:
+    updates = [digests(run.round(method) / "updates") for method in METHODS]
+    assert len(updates[0]) == 3
+    assert updates.count(updates[0]) == len(METHODS)
 
 
 def test_flora_is_exact_and_the_stack_goes_to_everyone(run: Run) -> None:
-    (stack,) = run.method("flora").hand_outs
+    (stack,) = run.received("flora")
     assert stack.stacked
-    assert stack.rank == sum(QUICK.ranks)
-    assert set(stack.clients) == {c.name for c in run.outcome.clients}
+    assert stack.rank == 12 + 6 + 3
+    assert len(stack.clients) == 3
     assert stack.distance <= FLOAT32_ROUNDING
-    assert stack.loss == pytest.approx(run.outcome.loss_exact, abs=1e-5)
 
 
 def test_flexlora_is_the_best_at_each_rank_and_padding_is_not(run: Run) -> None:
-    flexlora, zeropad = run.method("flexlora"), run.method("zeropad")
-    assert [h.rank for h in flexlora.hand_outs] == sorted(set(QUICK.ranks), reverse=True)
-    for best, padded in zip(flexlora.hand_outs, zeropad.hand_outs, strict=True):
+    flexlora, zeropad = run.received("flexlora"), run.received("zeropad")
+    assert [each.rank for each in flexlora] == [12, 6, 3]
+    for best, padded in zip(flexlora, zeropad, strict=True):
+        assert (padded.rank, padded.clients) == (best.rank, best.clients)
         assert best.distance - best.optimum <= FLOAT32_ROUNDING
-        assert padded.rank == best.rank
         assert padded.distance > best.distance + 0.05
-        assert padded.nbytes == best.nbytes
 
 
-def test_every_client_receives_the_rank_it_trained(run: Run) -> None:
-    for name in ("flexlora", "zeropad", "hetlora"):
-        received = {
-            client: hand_out.rank
-            for hand_out in run.method(name).hand_outs
-            for client in hand_out.clients
-        }
-        assert received == {c.name: c.rank for c in run.outcome.clients}
+def test_losses_are_those_of_the_runs_and_fall(run: Run) -> None:
+    for each in run.outcome.received:
+        rows = metrics(run.folder / each.method, "client")
+        for number, shown in ((0, each.loss_before), (1, each.loss)):
+            own = [
+                row["held_out_loss"]
+                for row in rows
+                if row["round"] == number and row["client"] in each.clients
+            ]
+            assert len(own) == len(each.clients)
+            assert shown == pytest.approx(np.mean(own))
+            assert f"{shown:.4f}" in run.printed
+    for method in ("flora", "flexlora"):
+        before, one, two = (row["loss"] for row in metrics(run.folder / method, "round"))
+        assert before > one > two
 
 
-def test_fedit_refuses_and_says_why(run: Run) -> None:
-    fedit = run.method("fedit")
-    assert not fedit.hand_outs
-    assert fedit.refused is not None
-    assert "zeropad" in fedit.refused
-    assert "fedit refused" in run.printed
+def test_every_method_has_two_rounds_in_the_table_of_runs(run: Run) -> None:
+    assert [(each.method, each.rounds, each.clients) for each in run.outcome.runs] == [
+        (method, 2, 3) for method in METHODS
+    ]
+    for each in run.outcome.runs:
+        assert (run.round(each.method, 2) / "COMPLETE").exists()
+        line = next(text for text in run.printed.splitlines() if text.startswith(f"│ {each.method}"))
+        assert f"{each.first_loss:.4f}" in line
+        assert f"{each.loss:.4f}" in line
 
 
-def test_loss_is_that_of_the_merged_checkpoint(run: Run) -> None:
-    import torch
-
-    merged = transformers.LlamaForCausalLM.from_pretrained(run.folder / "flora" / "merged")
-    texts = corpus.client_texts(
-        len(QUICK.ranks), length=QUICK.length, windows=QUICK.held_out_windows, seed=0
-    )
-    windows = torch.cat([text.held_out for text in texts])
-    with torch.no_grad():
-        loss = merged(input_ids=windows, labels=windows).loss
-    (stack,) = run.method("flora").hand_outs
-    assert stack.loss == pytest.approx(float(loss), abs=1e-5)
-    assert run.outcome.loss_before - stack.loss > 1e-3
+def test_ends_with_where_its_report_lies(run: Run) -> None:
+    label, report = run.printed.splitlines()[-1].split(": ")
+    assert label == "report"
+    page = Path(report).read_text()
+    assert report == run.outcome.report == str(run.folder / "report.html")
+    assert all(method in page for method in METHODS)
+    sources = re.findall(r"(?:src|srcset|href)\s*=\s*[\"']([^\"']{0,40})", page)
+    assert sources
+    assert all(source.startswith("data:") for source in sources)
 
 
-def test_folders_are_left_to_inspect_and_figures_printed(run: Run) -> None:
-    from peft import PeftModel
+def test_commands_at_the_end_do_what_they_say(run: Run) -> None:
+    """The third, which trains, is tried after an interruption."""
+    given = [shlex.split(line) for line in run.printed.splitlines() if line.startswith("  fastagg ")]
+    assert [words[1] for words in given] == ["inspect", "aggregate", "simulate"]
+    for words in given[:2]:
+        arguments = [
+            str(path)
+            for word in words[1:]
+            for path in (sorted(Path(word).parent.glob("*")) if word.endswith("*") else [word])
+        ]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+    expected = exact(run.round("flexlora"))
+    for each in run.received("flexlora"):
+        by_hand = deltas(run.folder / "again" / f"rank-{each.rank}")
+        assert distance(by_hand, expected) == pytest.approx(each.optimum, abs=FLOAT32_ROUNDING)
 
-    base = transformers.LlamaForCausalLM.from_pretrained(run.folder / "base")
-    for client in run.outcome.clients:
-        assert client.own_after < client.own_before
-        PeftModel.from_pretrained(base, client.folder).unload()
-    saved = json.loads((run.folder / "demo.json").read_text())
-    assert [m["method"] for m in saved["methods"]] == list(METHODS)
-    for hand_out in run.method("flexlora").hand_outs:
-        file = Path(hand_out.folder) / "adapter_model.safetensors"
-        assert hand_out.nbytes == file.stat().st_size
-        assert f"{hand_out.nbytes:,}" in run.printed
-        assert f"{hand_out.loss:.4f}" in run.printed
-    assert str(run.folder) in run.printed
+
+def test_all_projections_are_adapted_with_alpha_twice_the_rank(run: Run) -> None:
+    for folder in (run.round("flora") / "updates").iterdir():
+        assert {module.rpartition(".")[2] for module in deltas(folder)} == ALL_PROJECTIONS
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["lora_alpha"] == 2 * config["r"]
 
 
 def test_same_seed_same_adapters_and_an_earlier_demo_is_replaced(run: Run, tmp_path: Path) -> None:
-    def digests(folder: Path) -> dict[str, str]:
-        files = sorted(folder.rglob("*.safetensors"))
-        return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-
-    (tmp_path / "demo.json").write_text("{}")
-    (tmp_path / "clients" / "gone").mkdir(parents=True)
-    (tmp_path / "clients" / "gone" / "adapter_model.safetensors").write_bytes(b"stale")
-    again = Run(tmp_path)
-    assert digests(again.folder) == digests(run.folder)
-    assert again.outcome.loss_exact == run.outcome.loss_exact
+    (tmp_path / "demo.toml").write_text("")
+    (tmp_path / "flora" / "rounds" / "0009").mkdir(parents=True)
+    (tmp_path / "flora" / "rounds" / "0009" / "state.safetensors").write_bytes(b"stale")
+    done = CliRunner().invoke(app, ["demo", "--quick", "--json", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    for method in METHODS:
+        again, before = tmp_path / method, run.folder / method
+        assert digests(again) == digests(before)
+        assert metrics(again, "client") == metrics(before, "client")
+    found = json.loads(done.stdout)
+    assert [each["distance"] for each in found["received"]] == [
+        each.distance for each in run.outcome.received
+    ]
+    assert [each["loss"] for each in found["runs"]] == [each.loss for each in run.outcome.runs]
+    assert Path(found["report"]).is_file()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(FastAggError, match="--out"):
         run_demo(tmp_path, quick=True, console=Console(file=io.StringIO()))
+    assert CliRunner().invoke(app, ["demo", "--out", str(tmp_path)]).exit_code == 1
+    assert CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "thesis.tex")]).exit_code == 1
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_ctrl_c_ends_it_in_a_sentence(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastagg", "demo", "--out", str(tmp_path / "out")]
+def test_after_ctrl_c_the_command_that_it_names_goes_on(run: Run, tmp_path: Path) -> None:
+    started = [sys.executable, "-m", "fastagg", "demo", "--quick", "--out", str(tmp_path / "out")]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        started,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
-        assert process.stdout is not None
-        first = process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        text = first + process.stdout.read()
-    assert process.returncode == 130, text
-    assert "Interrupted" in text
-    assert "Traceback" not in text
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stdout:
+            if line.startswith("flexlora"):
+                process.send_signal(signal.SIGINT)
+                break
+        process.stdout.read()
+        said = process.stderr.read()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    (given,) = re.findall("`fastagg (.*)`", said)
+    command, settings, option = shlex.split(given)
+    assert (command, option) == ("simulate", "--resume")
+    simulate(RunConfig.read(Path(settings)), resume=True)
+    for method in METHODS:
+        assert metrics(tmp_path / "out" / method, "client") == metrics(run.folder / method, "client")
 
 
-def test_corpus_is_ten_packages_whose_held_out_text_is_not_trained_on() -> None:
-    texts = corpus.client_texts(
-        len(FULL.ranks), length=FULL.length, windows=FULL.held_out_windows, seed=0
-    )
-    assert len({text.name for text in texts}) == 10
-    for text in texts:
-        assert text.held_out.shape == (FULL.held_out_windows, FULL.length)
-        train = set(bytes(text.train.tolist()).split(b"\0"))
-        for document in bytes(text.held_out.flatten().tolist()).split(b"\0")[1:-1]:
-            assert document not in train
-    assert len(corpus.language_reference()) > 300_000
+def test_full_demo_is_floras_ten_clients() -> None:
+    config = preset(Path("out"), seed=3)
+    assert config.federation.methods == METHODS
+    assert config.federation.rounds == 2
+    assert config.ranks.scheme == "flora"
+    assert config.data.clients == len(FLORA_RANKS) == 10
+    assert sum(FLORA_RANKS) < config.model.embedded.hidden
+    assert (config.seed, config.output.keep, config.output.folder) == (3, "all", "out")
+    assert len(language_reference()) > 300_000
+
+
+def test_settings_are_left_to_simulate_with(run: Run) -> None:
+    assert RunConfig.read(run.folder / "demo.toml") == preset(run.folder, quick=True)

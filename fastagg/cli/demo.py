@@ -1,16 +1,17 @@
-"""`fastagg demo`: the main job on an embedded default."""
+"""`fastagg demo`: the federated loop on an embedded default."""
 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastagg.cli.failures import command
+from fastagg.cli.failures import INTERRUPTED, command, say
 from fastagg.cli.options import Json
-from fastagg.cli.printing import print_json
+from fastagg.cli.printing import console, print_json
 
 
 @command
@@ -21,8 +22,8 @@ def demo(
             "--out",
             "-o",
             metavar="OUT",
-            help="Where the base model, the clients and the aggregates go; an earlier demo there is "
-            "replaced, anything else is refused.",
+            help="Where the settings, the runs and the report go; an earlier demo there is replaced, "
+            "anything else is refused.",
             show_default=False,
         ),
     ],
@@ -33,15 +34,21 @@ def demo(
     ] = False,
     json_output: Json = False,
 ) -> None:
-    """Train ten clients' adapters of different ranks, aggregate them by each method, and compare.
+    """Train ten clients of different ranks for two rounds by each of four methods, and compare.
 
-    Needs PEFT and transformers, and neither a network nor a GPU.
+    Needs neither a network nor a GPU.
     """
     from rich.console import Console
 
-    from fastagg.demo.run import run_demo
+    from fastagg.demo.run import SETTINGS, run_demo
 
-    outcome = run_demo(out, seed=seed, quick=quick, console=Console(stderr=json_output))
+    screen = Console(stderr=True) if json_output else console()
+    try:
+        outcome = run_demo(out, seed=seed, quick=quick, console=screen)
+    except KeyboardInterrupt:
+        again = f"fastagg simulate {shlex.quote(str(out / SETTINGS))} --resume"
+        say(f"interrupted; `{again}` goes on after the last complete round, a new demo starts over")
+        raise typer.Exit(INTERRUPTED) from None
     if json_output:
         print_json(dataclasses.asdict(outcome))
 

@@ -78,6 +78,9 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}"
+    # Of this package's own parts, those that are missing were not built.
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("fastagg"):
+        return f"{text}; pip install 'fastagg[federated]' brings what simulations and the demo need"
     if isinstance(error, ImportError):
         return f"{text}; `fastagg info` tells what is installed and why a library failed to load"
     return (

@@ -1,4 +1,4 @@
-"""The main job on an embedded default: ten clients of unequal ranks, aggregated by each method.
+"""The federated loop on an embedded default: ten clients of unequal ranks, two rounds by each method.
 
 No network, no GPU, no data but what CPython ships. ``fastagg demo`` calls
 :func:`fastagg.demo.run.run_demo`.

@@ -1,4 +1,4 @@
-"""A byte-level Llama, its training and its loss."""
+"""A byte-level Llama and its training."""
 
 from __future__ import annotations
 
@@ -67,11 +67,8 @@ def train(
     length: int,
     seed: int,
     on_step: Callable[[], None] | None = None,
-) -> list[float]:
-    """Trains the parameters that ask for gradients on windows drawn from ``text`` ((bytes,) uint8).
-
-    Returns the loss of each step in nats per byte.
-    """
+) -> None:
+    """Trains the parameters that ask for gradients on windows drawn from ``text`` ((bytes,) uint8)."""
     draw = torch.Generator().manual_seed(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
@@ -79,7 +76,6 @@ def train(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_up_and_cosine(training.steps))
     windows = text.unfold(0, length, 1)
-    losses: list[float] = []
     model.train()
     for _ in range(training.steps):
         starts = torch.randint(len(windows), (training.batch,), generator=draw)
@@ -90,11 +86,9 @@ def train(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
-        losses.append(float(loss.detach()))
         if on_step is not None:
             on_step()
     model.eval()
-    return losses
 
 
 def _warm_up_and_cosine(steps: int) -> Callable[[int], float]:
@@ -107,15 +101,3 @@ def _warm_up_and_cosine(steps: int) -> Callable[[int], float]:
         return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
     return factor
-
-
-@torch.no_grad()
-def loss_on(model: nn.Module, windows: Tensor, *, batch: int = 32) -> Tensor:
-    """Loss of each window ((windows, length) int64), in nats per byte: (windows,) float64."""
-    model.eval()
-    losses = []
-    for part in torch.split(windows, batch):
-        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
-        each = nn.functional.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none")
-        losses.append(each.double().mean(dim=1))
-    return torch.cat(losses)
