@@ -41,7 +41,9 @@ def demo(
     from rich.console import Console
 
     from fastagg.demo.run import SETTINGS, run_demo
+    from fastagg.federated.simulation.quiet import quiet_libraries
 
+    quiet_libraries()
     screen = Console(stderr=True) if json_output else console()
     try:
         outcome = run_demo(out, seed=seed, quick=quick, console=screen)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,9 +15,6 @@ from fastagg.cli.failures import INTERRUPTED, command, say
 from fastagg.cli.options import Json
 from fastagg.cli.printing import console, print_json
 from fastagg.cli.setting_options import CONTEXT, SettingsCommand, given_settings
-
-if TYPE_CHECKING:
-    from fastagg.federated.report.compare import Comparison
 
 
 @command
@@ -75,9 +72,11 @@ def _present(folder: Path, methods: Sequence[str], *, plots: bool, json_output: 
     from fastagg.federated.report.compare import compare
 
     comparison = compare([folder / method for method in methods])
-    report = folder / "report.html" if plots else None
-    if report is not None:
-        _draw(comparison, folder, report)
+    report = None
+    if plots:
+        from fastagg.federated.report.pages import write_pages
+
+        report = write_pages(comparison, folder)
     if json_output:
         last = {run.method: run.rounds[-1].model_dump(mode="json") for run in comparison.runs}
         written = None if report is None else str(report)
@@ -87,21 +86,6 @@ def _present(folder: Path, methods: Sequence[str], *, plots: bool, json_output: 
     print_comparison(comparison, screen)
     if report is not None:
         screen.print(f"report: {report}", markup=False, soft_wrap=True)
-
-
-def _draw(comparison: Comparison, folder: Path, report: Path) -> None:
-    """Each run's plots and page, and those of them all."""
-    from fastagg.federated.report.html_report import report as page
-    from fastagg.federated.report.html_report import write_report
-    from fastagg.federated.report.plots import write_plots
-    from fastagg.whole_file import write_whole
-
-    for run in comparison.runs:
-        own = folder / run.method
-        write_plots(run, own / "plots")
-        write_report([own], own / "report.html")
-    comparison.write_plot(folder / "comparison.png")
-    write_whole(report, page(comparison))
 
 
 @contextmanager

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import shutil
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
 from rich.console import Console
 
-from fastagg.cli.compare import _runs_table
+from fastagg.cli.comparison_tables import print_comparison
 from fastagg.demo.preset import METHODS, preset
 from fastagg.demo.received import Received, received, received_table
 from fastagg.errors import FastAggError
 from fastagg.federated.report.compare import compare
-from fastagg.federated.report.html_report import write_report
+from fastagg.federated.report.pages import write_pages
 from fastagg.federated.report.run_summary import RunSummary
 from fastagg.federated.simulation.live import LiveView
 from fastagg.federated.simulation.simulate import simulate
 
 SETTINGS = "demo.toml"  # also the mark by which a later demo knows the folder as its own
-REPORT = "report.html"
 AGAIN = "again"  # where the commands at the end aggregate to
 
 
@@ -59,21 +57,18 @@ def run_demo(
     config = preset(out, seed=seed, quick=quick)
     _claim(out)
     (out / SETTINGS).write_text(config.to_toml(), encoding="utf-8")
-    with warnings.catch_warnings(), LiveView(console) as view:
-        # transformers and PEFT warn of each other's deprecations.
-        warnings.simplefilter("ignore", FutureWarning)
+    with LiveView(console, len(METHODS)) as view:
         view.say(
             f"{config.data.clients} clients, {config.federation.rounds} rounds by each of "
-            f"{', '.join(METHODS)}; first a base model is trained on Python's language reference"
+            f"{', '.join(METHODS)}"
         )
         simulate(config, observer=view)
-    runs = [out / method for method in METHODS]
-    comparison = compare(runs)
-    write_report(runs, out / REPORT)
+    comparison = compare([out / method for method in METHODS])
+    report = write_pages(comparison, out)
     found = received(comparison.runs)
-    console.print(_runs_table(comparison))
+    print_comparison(comparison, console)
     console.print(received_table(found))
-    outcome = Outcome(str(out / REPORT), comparison.summaries, found, time.perf_counter() - started)
+    outcome = Outcome(str(report), comparison.summaries, found, time.perf_counter() - started)
     console.print(_ending(out, outcome), highlight=False, markup=False, soft_wrap=True)
     return outcome
 
@@ -102,5 +97,4 @@ def _claim(out: Path) -> None:
         )
     for folder in (*METHODS, AGAIN):
         shutil.rmtree(out / folder, ignore_errors=True)
-    (out / REPORT).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
