@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SHORT_NAMES = {
     "federation.methods": ("--methods",),
     "federation.rounds": ("--rounds",),
+    "federation.workers": ("--workers",),
     "data.clients": ("--clients",),
     "model.name": ("--model",),
     "training.learning_rate": ("--learning-rate",),

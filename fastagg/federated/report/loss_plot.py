@@ -27,8 +27,13 @@ from fastagg.federated.report.recorded_run import RecordedRun
 from fastagg.federated.report.run_summary import quartiles
 
 
+# Bands of more runs lie one over another until no colour is left; their bars stand side by side.
+_BANDS = 3
+
+
 def loss_figure(runs: Sequence[RecordedRun], theme: Theme = LIGHT) -> Figure | None:
-    """Held-out loss by round: a line a run, a colour a method, a band the middle half of clients."""
+    """Held-out loss by round: a line a run, a colour a method, a band the middle half of clients, or a
+    bar where there are many runs."""
     shown = [run for run in runs if any(row.loss is not None for row in run.rounds)]
     if not shown:
         return None
@@ -37,22 +42,28 @@ def loss_figure(runs: Sequence[RecordedRun], theme: Theme = LIGHT) -> Figure | N
     spread = False
     methods = list(dict.fromkeys(run.method for run in shown))
     drawn = dict.fromkeys(methods, 0)
-    for run in shown:
+    banded = len(shown) <= _BANDS
+    for number, run in enumerate(shown):
         place = methods.index(run.method)
         colour = theme.series[place % len(theme.series)]
         marker = MARKERS[place % len(MARKERS)]
         line = LINES[drawn[run.method] % len(LINES)]
         drawn[run.method] += 1
-        spread |= _band(axes, run, colour)
+        spread |= (
+            _band(axes, run, colour) if banded else _bars(axes, run, colour, number, len(shown))
+        )
         _global_loss(axes, run, colour, marker, line)
         handles.append(Line2D([], [], color=colour, marker=marker, markersize=4, linestyle=line))
     labels = methods if len(methods) == len(shown) else [_named(run) for run in shown]
-    if spread:
+    if spread and banded:
         handles += [
             Line2D([], [], color=theme.faint, linestyle=(0, (4, 2)), linewidth=1),
             Patch(facecolor=theme.faint, alpha=0.3),
         ]
         labels = [*labels, "median client", "middle half of clients"]
+    elif spread:
+        handles.append(Line2D([], [], color=theme.faint, marker="|", markersize=9, linestyle="none"))
+        labels = [*labels, "middle half of clients"]
     # Also where only a loss that is no number stands.
     last = max(row.round for run in shown for row in run.rounds)
     axes.set_xlim(-0.04 * max(last, 1), 1.04 * max(last, 1))
@@ -93,6 +104,19 @@ def _band(axes: Axes, run: RecordedRun, colour: str) -> bool:
         return True
     axes.fill_between(rounds, low, high, color=colour, alpha=0.16, linewidth=0)
     axes.plot(rounds, middle, color=colour, linestyle=(0, (4, 2)), linewidth=1, alpha=0.8)
+    return True
+
+
+def _bars(axes: Axes, run: RecordedRun, colour: str, number: int, runs: int) -> bool:
+    """The spread over clients as one of ``runs`` bars beside each other; whether there is any."""
+    losses = run.held_out_losses()
+    if max(map(len, losses.values()), default=0) < 2:
+        return False
+    every = math.ceil(len(losses) / 10)  # of more rounds the bars would touch
+    rounds = list(losses)[::-1][::every]
+    low, _, high = np.array([quartiles(losses[each]) for each in rounds]).T
+    beside = 0.5 * every * ((number + 0.5) / runs - 0.5)
+    axes.vlines(np.array(rounds) + beside, low, high, color=colour, linewidth=1.6, alpha=0.45)
     return True
 
 

@@ -115,7 +115,8 @@ def _sentence(line: Mapping[str, Any]) -> str:
         if line[field] is not None:
             parts.append(f"{name} {line[field]:.3f}")
     if line["round"]:
-        parts.append(f"{line['participants']} clients")
+        many = line["participants"]
+        parts.append(f"{many} client{'s' * (many != 1)}")
     if line["failures"]:
         parts.append(f"{len(line['failures'])} failed")
     parts.append(f"{sum(line['seconds'].values()):.1f} s")
