@@ -16,7 +16,7 @@ _DEVICE = {"device": "cpu"}
 # of a higher rank than any client's adapter.
 FULL: dict[str, Any] = {
     "model": _DEVICE,
-    "data": {"clients": 10, "length": 192},
+    "data": {"clients": 10, "length": 160},
     "ranks": {"scheme": "flora"},
     "training": {"epochs": 0, "steps": 6, "batch": 8, "learning_rate": 3e-3},
 }

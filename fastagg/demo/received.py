@@ -132,6 +132,8 @@ def received_table(found: Sequence[Received], number: int = 1) -> Table:
         *("method", "to rank", *right),
         right=right,
     )
+    made.caption = "Distances of the runs are from what their servers hold: padding's is not dW."
+    made.caption_justify = "left"
     method = ""
     for each in found:
         if each.method != method:
