@@ -1,24 +1,18 @@
-"""What clients were handed in a round, measured in float64 against the exact sum of their updates.
-
-From the folders of a run alone and without this package's aggregation: the demo's yardstick.
-"""
+"""What clients were handed in a round, by their rank, beside the least distance that it allows."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
-import torch
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from fastagg.adapter import Adapter
 from fastagg.cli.tables import table
+from fastagg.federated.report.metrics import ClientRow
 from fastagg.federated.report.recorded_run import RecordedRun
 
 MERGED = "merged"
@@ -47,81 +41,39 @@ class Received:
 
 def received(runs: Sequence[RecordedRun], number: int = 1) -> tuple[Received, ...]:
     """By method, and by falling rank. In the first round all methods have the same updates."""
-    first = _round(runs[0], number)
-    exact = _Exact.of(first / "updates", json.loads((first / "weights.json").read_text("utf-8")))
-    return tuple(each for run in runs for each in _of_run(run, number, exact))
+    return tuple(each for run in runs for each in _of_run(run, number))
 
 
-def _of_run(run: RecordedRun, number: int, exact: _Exact) -> list[Received]:
-    losses = {(row.round, row.client): row.held_out_loss or math.nan for row in run.clients}
-    adapters = _round(run, number) / "adapters"
-    stacked = (adapters / MERGED).is_dir()
-    receivers: dict[int, list[str]] = {}
+def _of_run(run: RecordedRun, number: int) -> list[Received]:
+    before = {row.client: row.held_out_loss for row in run.clients if row.round == 0}
+    merged = run.folder / "rounds" / f"{number:04d}" / "adapters" / MERGED
+    stacked = Adapter.load(merged) if merged.is_dir() else None
+    by_rank: dict[int, list[ClientRow]] = {}
     for row in run.clients:
         if row.round == number:
-            receivers.setdefault(0 if stacked else row.rank or 0, []).append(row.client)
+            by_rank.setdefault(0 if stacked else row.rank or 0, []).append(row)
     found = []
-    for _, clients in sorted(receivers.items(), reverse=True):
+    for rank, rows in sorted(by_rank.items(), reverse=True):
+        if stacked is not None:
+            rank = max(stacked.rank(module) for module in stacked.modules)
         # Clients of one rank differ in nothing here, so they are handed the same.
-        adapter = Adapter.load(adapters / (MERGED if stacked else clients[0]))
-        rank = max(adapter.rank(module) for module in adapter.modules)
         found.append(
             Received(
                 method=run.method,
                 rank=rank,
-                clients=tuple(clients),
-                distance=exact.distance(adapter),
-                optimum=exact.optimum(rank),
-                loss_before=fmean(losses[0, client] for client in clients),
-                loss=fmean(losses[number, client] for client in clients),
-                stacked=stacked,
+                clients=tuple(row.client for row in rows),
+                distance=_known(rows[0].distance),
+                optimum=_known(rows[0].optimal_distance),
+                loss_before=fmean(_known(before[row.client]) for row in rows),
+                loss=fmean(_known(row.held_out_loss) for row in rows),
+                stacked=stacked is not None,
             )
         )
     return found
 
 
-def _round(run: RecordedRun, number: int) -> Path:
-    return run.folder / "rounds" / f"{number:04d}"
-
-
-@dataclass(frozen=True)
-class _Exact:
-    """delta: module -> dW = sum_k p_k s_k B_k A_k with p_k = w_k / sum of w.
-    spectra: module -> its singular values, falling.
-    """
-
-    delta: Mapping[str, Tensor]
-    spectra: Mapping[str, Tensor]
-
-    @classmethod
-    def of(cls, updates: Path, weights: Mapping[str, float]) -> _Exact:
-        total = sum(weights.values())
-        delta: dict[str, Tensor] = {}
-        for client, weight in weights.items():
-            for module, update in _updates(Adapter.load(updates / client)).items():
-                delta[module] = delta.get(module, 0.0) + weight / total * update
-        return cls(delta, {module: torch.linalg.svdvals(value) for module, value in delta.items()})
-
-    def distance(self, adapter: Adapter) -> float:
-        update = _updates(adapter)
-        return math.hypot(*(float((update[m] - dw).norm()) for m, dw in self.delta.items())) / self.norm
-
-    def optimum(self, rank: int) -> float:
-        """By Eckart and Young."""
-        return math.hypot(*(float(values[rank:].norm()) for values in self.spectra.values())) / self.norm
-
-    @property
-    def norm(self) -> float:
-        return math.hypot(*(float(values.norm()) for values in self.spectra.values()))
-
-
-def _updates(adapter: Adapter) -> dict[str, Tensor]:
-    """module -> s B A in float64."""
-    found = {}
-    for module in adapter.modules:
-        a, b = adapter.factors(module)
-        found[module] = adapter.scaling(module) * (b.double() @ a.double())
-    return found
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def received_table(found: Sequence[Received], number: int = 1) -> Table:
@@ -132,8 +84,6 @@ def received_table(found: Sequence[Received], number: int = 1) -> Table:
         *("method", "to rank", *right),
         right=right,
     )
-    made.caption = "Distances of the runs are from what their servers hold: padding's is not dW."
-    made.caption_justify = "left"
     method = ""
     for each in found:
         if each.method != method:

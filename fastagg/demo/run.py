@@ -97,4 +97,6 @@ def _claim(out: Path) -> None:
         )
     for folder in (*METHODS, AGAIN):
         shutil.rmtree(out / folder, ignore_errors=True)
+    for file in ("report.html", "comparison.png"):
+        (out / file).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)

@@ -174,7 +174,7 @@ def test_headings_stay_whole_on_a_narrow_screen(tmp_path: Path) -> None:
         screen = Console(width=width, file=io.StringIO())
         print_comparison(found, screen)
         shown[width] = screen.file.getvalue()  # type: ignore[attr-defined]
-        for word in ("flora", "hetlora", "middle half of clients", "distance to its dW", "failures"):
+        for word in ("flora", "hetlora", "middle half of clients", "distance from dW", "failures"):
             assert word in shown[width], (width, word)
     assert len(shown[80].splitlines()) > 15 > len(shown[200].splitlines())
 

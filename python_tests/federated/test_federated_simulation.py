@@ -145,6 +145,32 @@ def test_distances_and_spectra_are_those_of_the_sum(settings: dict[str, Any], tm
             assert line["distance"] == pytest.approx(line["optimal_distance"], abs=1e-5)
 
 
+@pytest.mark.parametrize("method", ["zeropad", "hetlora"])
+def test_distances_of_averaged_factors_are_from_the_exact_sum(
+    settings: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    """Not from the product of means that such a server holds, which its largest client gets whole."""
+    assert simulate(configured(settings, federation__methods=method, federation__rounds=2))
+    run = RunFolder(tmp_path / "run" / method)
+    weights = json.loads((run.round(2) / "weights.json").read_text())
+    exact: dict[str, torch.Tensor] = {}
+    for client, weight in weights.items():
+        update = Adapter.load(run.update(2, client))
+        for module in update.modules:
+            a, b = update.factors(module)
+            own = weight / sum(weights.values()) * update.scaling(module) * (b.double() @ a.double())
+            exact[module] = exact.get(module, torch.zeros(())) + own
+    norm = torch.cat([delta.flatten() for delta in exact.values()]).norm()
+    for line in run.metrics():
+        if line["kind"] == "client" and line["round"] == 2:
+            own_adapter = Adapter.load(run.adapter(2, line["client"]))
+            error = torch.cat(
+                [(own_adapter.delta(m).double() - exact[m]).flatten() for m in exact]
+            ).norm()
+            assert line["distance"] == pytest.approx(float(error / norm), abs=1e-6)
+            assert line["distance"] > line["optimal_distance"] + 0.01
+
+
 @pytest.mark.parametrize("method", ["flora", "flexlora"])
 def test_distances_are_from_what_an_optimiser_made(
     settings: dict[str, Any], tmp_path: Path, method: str

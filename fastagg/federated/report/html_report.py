@@ -87,7 +87,8 @@ def _headline(comparison: Comparison) -> str:
     table = _table([column.heading for column in columns], rows, numeric, marked)
     note = (
         "Losses are of held-out examples, in nats per token of the answer; time and bytes are totals. "
-        "Distances are relative, from the dW of the run's own method."
+        "Distances are relative, from the exact sum dW of a round's updates, or what a server optimiser "
+        "makes of it."
     )
     return f'{table}<p class="note">{note}</p>'
 
@@ -157,7 +158,7 @@ def _clients(run: RecordedRun) -> str:
     for row in sorted(run.clients, key=lambda row: row.round):
         rows_of[row.client].append(row)
     headings = ["client", "rank", "rounds trained", "train loss", "held-out before", "held-out after",
-                "distance to its dW", "least at its rank"]  # fmt: skip
+                "distance from dW", "least at its rank"]  # fmt: skip
     rows = [
         [
             name,

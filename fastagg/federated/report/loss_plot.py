@@ -26,7 +26,6 @@ from fastagg.federated.report.plot_style import (
 from fastagg.federated.report.recorded_run import RecordedRun
 from fastagg.federated.report.run_summary import quartiles
 
-
 # Bands of more runs lie one over another until no colour is left; their bars stand side by side.
 _BANDS = 3
 

@@ -59,7 +59,8 @@ class RoundRow(BaseModel):
 class ClientRow(BaseModel):
     """A client in a round.
 
-    distance, optimal_distance: |received - dW| / |dW|, and the least that its rank allows.
+    distance, optimal_distance: |received - dW| / |dW|, and the least that its rank allows; dW is the
+        exact sum of the round's updates, or what a server optimiser makes of it.
     """
 
     model_config = _LENIENT

@@ -109,7 +109,7 @@ COLUMNS = (
     ),
     Column("ROUGE-L", lambda run: number(run.rouge_l), lambda run: run.rouge_l is not None),
     Column(
-        "distance to its dW",
+        "distance from dW",
         lambda run: number(run.distance, ".3g"),
         lambda run: run.distance is not None,
     ),

@@ -30,6 +30,7 @@ from fastagg.federated.simulation.run_folder import RunFolder
 from fastagg.federated.simulation.settings import FederationSection
 from fastagg.update import ClientUpdate
 from fastagg.whole_file import write_whole
+from fastagg.whole_round import aggregate
 
 
 class AdapterStrategy:
@@ -63,7 +64,6 @@ class AdapterStrategy:
             device="cuda" if cohort.model.device.type == "cuda" else "cpu",
         )
         self._updates: list[ClientUpdate] = []
-        self._outcome: RoundOutcome | None = None
 
     @property
     def _merging(self) -> bool:
@@ -93,8 +93,8 @@ class AdapterStrategy:
 
     def finish_round(self) -> RoundOutcome | None:
         """See :class:`Strategy`."""
-        self._outcome = self._server.finish_round()
-        return self._outcome if self._outcome.aggregate is not None else None
+        outcome = self._server.finish_round()
+        return outcome if outcome.aggregate is not None else None
 
     def write(self, run: RunFolder, round: int) -> None:
         """See :class:`Strategy`."""
@@ -132,19 +132,20 @@ class AdapterStrategy:
         write_whole(
             run.round(round) / "similarity.json", json.dumps({"clients": names, "cosine": cosine})
         )
-        aggregate = self._outcome.aggregate if self._outcome else None
-        if not self._cohort.config.evaluation.distance or aggregate is None:
+        if not self._cohort.config.evaluation.distance:
             return {}
         handed = {client.name: self._handed(client.name) for client in self.trained}
+        # Whatever the method makes of them, what it approximates is the exact sum of the updates.
+        exact = aggregate(self._updates, "flora")
 
         def held(module: str) -> evaluation.Delta:
             if not self._server.optimiser.dense:
-                return aggregate.factors(module) or aggregate.delta(module)
-            if self._merging:  # the change itself, which all are handed
+                return exact.factors(module) or exact.delta(module)
+            if self._merging:  # the optimiser's change, which all are handed
                 return handed[self.trained[0].name].delta(module)
             return self._server.delta(module)
 
-        spectra, distances = evaluation.compare(aggregate.modules, held, handed)
+        spectra, distances = evaluation.compare(exact.modules, held, handed)
         write_whole(run.round(round) / "spectra.json", json.dumps({"modules": spectra}))
         return distances
 

@@ -48,7 +48,8 @@ class Strategy(Protocol):
         """The model as a client of the cohort begins the next round with it; the base is the round's."""
 
     def measured(self, run: RunFolder, round: int) -> Mapping[str, Distance | None]:
-        """Client -> how far what it is handed is from the round's sum; leaves similarity and spectra."""
+        """Client -> how far what it is handed is from dW, the exact sum of the round's updates, or from
+        what a server optimiser makes of it. Leaves the updates' similarity and the spectra of dW."""
 
     def bytes_up(self, trained: Trained) -> int:
         """Of what a client sent."""
