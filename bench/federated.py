@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import federated_losses, simulate_overhead
+from bench import federated_handouts, federated_losses, simulate_overhead
 from bench.measure import machine
 from fastagg.errors import InvalidInput
 from fastagg.federated.report.recorded_run import read_runs
@@ -48,16 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()), end="\n\n", flush=True)
     base = RunConfig.read(options.config, {"data.path": str(options.data)})
-    results = []
+    losses, handouts = [], []
     for rate in options.rates or [base.training.learning_rate]:
-        runs = {}
-        for seed in options.seeds:
-            folder = options.out / f"rate-{rate:g}" / f"seed-{seed}"
-            config = _with(base, {"seed": seed, "training.learning_rate": rate, "output.folder": folder})
-            _complete(config)
-            runs[seed] = read_runs([folder / method for method in config.federation.methods])
-        results.append(federated_losses.compared(rate, runs))
-    print("\n" + federated_losses.table(results), end="\n\n", flush=True)
+        folders = {seed: options.out / f"rate-{rate:g}" / f"seed-{seed}" for seed in options.seeds}
+        for seed, folder in folders.items():
+            own = {"seed": seed, "training.learning_rate": rate, "output.folder": folder}
+            _complete(_with(base, own | {"output.keep": "all", "output.plots": False}))
+        methods = base.federation.methods
+        runs = {seed: read_runs([folder / m for m in methods]) for seed, folder in folders.items()}
+        losses.append(federated_losses.compared(rate, runs))
+        if federated_handouts.EXACT in methods:
+            handouts.append(federated_handouts.compared(rate, folders, methods))
+    results = [*losses, *handouts]
+    print(f"\n{federated_losses.table(losses)}", end="\n\n")
+    print(federated_handouts.table(handouts), end="\n\n", flush=True)
     if options.repetitions:
         cost = simulate_overhead.run(base, base.federation.methods, options.repetitions)
         print(simulate_overhead.table(cost), flush=True)

@@ -15,7 +15,8 @@ def compared(rate: float, runs: Mapping[int, Sequence[RecordedRun]]) -> dict[str
     """All figures of seed -> its runs, the same methods under each, at one learning rate.
 
     ``losses`` are held-out, in nats per token over all clients' examples: long answers make them up.
-    ``client_losses`` are the means of the clients' own losses, in which each client counts alike.
+    ``client_losses`` are the means of the clients' own losses, in which each client counts alike. The
+    distances are from the server's own sum, see :mod:`bench.federated_handouts`.
     """
     by_method: dict[str, list[RecordedRun]] = {}
     for found in runs.values():
@@ -75,7 +76,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     headings = ["method", "learning rate", "before", *(f"round {number}" for number in rounds)]
     headings += [f"below `{first['reference']}`"] * compare
     headings += ["mean of clients"] + [f"below `{first['reference']}`"] * compare
-    headings += ["distance", "optimal", "aggregation"]
+    headings += ["aggregation"]
     lines = [
         f"Held-out loss in nats per byte, seeds {', '.join(map(str, first['seeds']))}",
         "",
@@ -89,7 +90,6 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
             cells += [by_seed(row["losses_below_reference"])] * compare
             cells += [spread([losses[-1] for losses in row["client_losses"]])]
             cells += [by_seed(row["client_losses_below_reference"])] * compare
-            cells += [spread(row["distance"], 3), spread(row["optimal_distance"], 3)]
             cells += [f"{max(row['aggregation_share']):.2%}"]
             lines.append(_line(cells))
     return "\n".join(lines)

@@ -41,10 +41,8 @@ steps = 2
 batch = 2
 learning_rate = 1e-3
 [federation]
-methods = ["flora", "zeropad"]
+methods = ["flora", "flexlora", "zeropad"]
 rounds = 1
-[output]
-plots = false
 """
 
 
@@ -128,8 +126,12 @@ def test_the_command_runs_records_and_does_not_run_again(
     federated.main([*options, "--repetitions", "1"])
     first = capsys.readouterr().out
     document = json.loads(record.read_text())
-    assert [result.get("learning_rate") for result in document["results"]] == [1e-3, 1e-2, None]
+    rates = [result.get("learning_rate") for result in document["results"]]
+    assert rates == [1e-3, 1e-2, 1e-3, 1e-2, None]
     assert str(tmp_path) not in record.read_text()
+    flexlora, zeropad = document["results"][2]["rows"]
+    assert flexlora["distance"][0] < zeropad["distance"][0]
+    assert 1 > flexlora["along"][0] > zeropad["along"][0] > 0
     metrics = tmp_path / "runs" / "rate-0.01" / "seed-1" / "flora" / "metrics.jsonl"
     written = metrics.stat().st_mtime_ns
 
