@@ -19,6 +19,7 @@ from rich.console import Console
 from bench import federated_handouts, federated_losses, simulate_overhead
 from bench.measure import machine
 from fastagg.errors import InvalidInput
+from fastagg.federated.data.examples import read_clients
 from fastagg.federated.report.recorded_run import read_runs
 from fastagg.federated.simulation.config import RunConfig
 from fastagg.federated.simulation.live import LiveView
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()), end="\n\n", flush=True)
     base = RunConfig.read(options.config, {"data.path": str(options.data)})
+    weights = {each.name: len(each.train) for each in read_clients(options.data, seed=0)}
     losses, handouts = [], []
     for rate in options.rates or [base.training.learning_rate]:
         folders = {seed: options.out / f"rate-{rate:g}" / f"seed-{seed}" for seed in options.seeds}
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _complete(_with(base, own | {"output.keep": "all", "output.plots": False}))
         methods = base.federation.methods
         runs = {seed: read_runs([folder / m for m in methods]) for seed, folder in folders.items()}
-        losses.append(federated_losses.compared(rate, runs))
+        losses.append(federated_losses.compared(rate, runs, weights))
         if federated_handouts.EXACT in methods:
             handouts.append(federated_handouts.compared(rate, folders, methods))
     results = [*losses, *handouts]

@@ -11,21 +11,24 @@ from fastagg.federated.report.recorded_run import RecordedRun
 REFERENCE = "zeropad"  # what the differences are from
 
 
-def compared(rate: float, runs: Mapping[int, Sequence[RecordedRun]]) -> dict[str, Any]:
+def compared(
+    rate: float, runs: Mapping[int, Sequence[RecordedRun]], weights: Mapping[str, int]
+) -> dict[str, Any]:
     """All figures of seed -> its runs, the same methods under each, at one learning rate.
 
-    ``losses`` are held-out, in nats per token over all clients' examples: long answers make them up.
-    ``client_losses`` are the means of the clients' own losses, in which each client counts alike. The
-    distances are from the server's own sum, see :mod:`bench.federated_handouts`.
+    ``losses`` are held-out, in nats per token over all clients' answers: the clients of long ones make
+    them up. ``weighted_losses`` are means of the clients' own losses by the ``weights`` with which the
+    server adds them up: what federated training sets out to lower. The distances are from the server's
+    own sum, see :mod:`bench.federated_handouts`.
     """
     by_method: dict[str, list[RecordedRun]] = {}
     for found in runs.values():
         for run in found:
             by_method.setdefault(run.method, []).append(run)
-    rows = [_row(method, of) for method, of in by_method.items()]
+    rows = [_row(method, of, weights) for method, of in by_method.items()]
     reference = next((row for row in rows if row["name"] == REFERENCE), None)
     for row in rows:
-        for kind in ("losses", "client_losses"):
+        for kind in ("losses", "weighted_losses"):
             row[f"{kind}_below_reference"] = reference and _below(row[kind], reference[kind])
     return {
         "case": "held-out loss by method",
@@ -36,18 +39,28 @@ def compared(rate: float, runs: Mapping[int, Sequence[RecordedRun]]) -> dict[str
     }
 
 
-def _row(method: str, runs: Sequence[RecordedRun]) -> dict[str, Any]:
+def _row(method: str, runs: Sequence[RecordedRun], weights: Mapping[str, int]) -> dict[str, Any]:
     """Lists have an entry a run; those of losses an entry a round in it, the first before any."""
     return {
         "name": method,
         "losses": [[row.loss for row in run.rounds if row.loss is not None] for run in runs],
-        "client_losses": [
-            [statistics.fmean(losses) for losses in run.held_out_losses().values()] for run in runs
-        ],
+        "weighted_losses": [_weighted(run, weights) for run in runs],
         "distance": [_distance(run, "distance") for run in runs],
         "optimal_distance": [_distance(run, "optimal_distance") for run in runs],
         "aggregation_share": [_aggregation_share(run) for run in runs],
     }
+
+
+def _weighted(run: RecordedRun, weights: Mapping[str, int]) -> list[float]:
+    """By round, as the round's own losses."""
+    means = []
+    for row in run.rounds:
+        if row.loss is None:
+            continue
+        of = {each.client: each.held_out_loss for each in run.clients if each.round == row.round}
+        known = [(weights[name], loss) for name, loss in of.items() if loss is not None]
+        means.append(sum(weight * loss for weight, loss in known) / sum(weight for weight, _ in known))
+    return means
 
 
 def _below(losses: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> list[float]:
@@ -71,28 +84,33 @@ def _aggregation_share(run: RecordedRun) -> float:
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """The records for people, in Markdown: means over the seeds ± half the range between them."""
     first = records[0]
-    rounds = range(1, len(first["rows"][0]["losses"][0]))
-    compare = any(row["losses_below_reference"] for row in first["rows"])
-    headings = ["method", "learning rate", "before", *(f"round {number}" for number in rounds)]
-    headings += [f"below `{first['reference']}`"] * compare
-    headings += ["mean of clients"] + [f"below `{first['reference']}`"] * compare
-    headings += ["aggregation"]
-    lines = [
-        f"Held-out loss in nats per byte, seeds {', '.join(map(str, first['seeds']))}",
-        "",
-        _line(headings),
-        "|" + "---|" * len(headings),
-    ]
+    seeds = ", ".join(map(str, first["seeds"]))
+    parts = []
+    for kind, meaning in (
+        ("weighted_losses", "clients weighted by their examples, as the server weighs them"),
+        ("losses", "over the bytes of all answers"),
+    ):
+        parts.append(f"Held-out loss in nats per byte, {meaning}; seeds {seeds}\n")
+        parts += [*_losses_table(records, kind), ""]
+    shares = [share for each in records for row in each["rows"] for share in row["aggregation_share"]]
+    parts.append(f"Aggregation: at most {max(shares):.2%} of the rounds of a run, without evaluation")
+    return "\n".join(parts)
+
+
+def _losses_table(records: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
+    rows = records[0]["rows"]
+    compare = any(row["losses_below_reference"] for row in rows)
+    rounds = [f"round {number}" for number in range(1, len(rows[0]["losses"][0]))]
+    headings = ["learning rate", "method", "before", *rounds]
+    headings += [f"below `{records[0]['reference']}`, by seed"] * compare
+    lines = [_line(headings), "|" + "---|" * len(headings)]
     for record in records:
         for row in record["rows"]:
-            cells = [f"`{row['name']}`", f"{record['learning_rate']:g}"]
-            cells += [spread(losses) for losses in zip(*row["losses"], strict=True)]
-            cells += [by_seed(row["losses_below_reference"])] * compare
-            cells += [spread([losses[-1] for losses in row["client_losses"]])]
-            cells += [by_seed(row["client_losses_below_reference"])] * compare
-            cells += [f"{max(row['aggregation_share']):.2%}"]
+            cells = [f"{record['learning_rate']:g}", f"`{row['name']}`"]
+            cells += [spread(losses) for losses in zip(*row[kind], strict=True)]
+            cells += [by_seed(row[f"{kind}_below_reference"])] * compare
             lines.append(_line(cells))
-    return "\n".join(lines)
+    return lines
 
 
 def spread(values: Sequence[float | None], digits: int = 2) -> str:

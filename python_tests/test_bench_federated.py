@@ -69,23 +69,25 @@ def test_the_table_pairs_the_runs_of_a_seed(tmp_path: Path) -> None:
         seed: [run_of(tmp_path / str(seed) / m, m, (6.0, last), beside) for m, last in of.items()]
         for seed, of in ended.items()
     }
-    record = compared(1e-3, runs)
+    record = compared(1e-3, runs, {"a": 300, "b": 100})
     assert record["seeds"] == [0, 7]
     flora, zeropad = record["rows"]
     assert flora["losses"] == [[6.0, 3.0], [6.0, 4.0]]
-    assert flora["client_losses"] == [[6.5, 3.5], [6.5, 4.5]]
+    assert flora["weighted_losses"] == [[6.375, 3.375], [6.375, 4.375]]
     assert flora["losses_below_reference"] == [0.5, -0.25]
-    assert flora["client_losses_below_reference"] == [0.5, -0.25]
+    assert flora["weighted_losses_below_reference"] == [0.5, -0.25]
     assert zeropad["losses_below_reference"] == [0.0, 0.0]
     assert flora["distance"] == pytest.approx([0.6, 0.6])
     assert flora["optimal_distance"] == pytest.approx([0.1, 0.1])
     assert flora["aggregation_share"] == pytest.approx([0.05, 0.05])
     text = table([record])
-    assert "| `flora` | 0.001 | 6.00 ± 0.00 | 3.50 ± 0.50 | +0.50, -0.25 | 4.00 ± 0.50 |" in text
+    assert "| 0.001 | `flora` | 6.00 ± 0.00 | 3.50 ± 0.50 | +0.50, -0.25 |" in text
+    assert "| 0.001 | `flora` | 6.38 ± 0.00 | 3.88 ± 0.50 | +0.50, -0.25 |" in text
+    assert "at most 5.00%" in text
 
 
 def test_without_the_reference_there_are_no_differences(tmp_path: Path) -> None:
-    record = compared(1e-3, {0: [run_of(tmp_path / "flora", "flora", (6.0, 3.0), {"a": 0.0})]})
+    record = compared(1e-3, {0: [run_of(tmp_path / "flora", "flora", (6.0, 3.0), {"a": 0.0})]}, {"a": 1})
     assert record["rows"][0]["losses_below_reference"] is None
     assert "below" not in table([record])
 
@@ -138,7 +140,7 @@ def test_the_command_runs_records_and_does_not_run_again(
     federated.main([*options, "--repetitions", "0"])
     again = capsys.readouterr().out
     assert "held-out loss" in first and "held-out loss" not in again
-    assert again[again.index("| method") :].strip() in first
+    assert again[again.index("| learning rate") :].strip() in first
     assert metrics.stat().st_mtime_ns == written
 
     settings.write_text(SETTINGS.replace("batch = 2", "batch = 3"))
