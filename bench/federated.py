@@ -1,7 +1,8 @@
 """``python -m bench.federated``: federated methods on the same clients, and what the simulation costs.
 
 Every method at every learning rate under every seed, each in a run folder that ``fastagg compare``
-reads; a run that is complete there is not run again. Then the rounds of ``simulate`` beside the
+reads; a run that is complete there is not run again. Several rates keep the comparison fair: what
+one method's average shrinks, a larger rate may make up for. Then the rounds of ``simulate`` beside the
 clients' bare training steps.
 """
 

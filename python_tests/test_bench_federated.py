@@ -62,6 +62,11 @@ def run_of(
     return read_runs([folder])[0]
 
 
+def test_the_settings_are_a_run() -> None:
+    config = RunConfig.read(federated.CONFIG, {"data.path": "clients"})
+    assert {"flora", "flexlora", "zeropad"} <= set(config.federation.methods)
+
+
 def test_the_table_pairs_the_runs_of_a_seed(tmp_path: Path) -> None:
     beside = {"a": 0.25, "b": 0.75}
     ended = {0: {"flora": 3.0, "zeropad": 3.5}, 7: {"flora": 4.0, "zeropad": 3.75}}
