@@ -63,8 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if federated_handouts.EXACT in methods:
             handouts.append(federated_handouts.compared(rate, folders, methods))
     results = [*losses, *handouts]
-    print(f"\n{federated_losses.table(losses)}", end="\n\n")
-    print(federated_handouts.table(handouts), end="\n\n", flush=True)
+    print(f"\n{federated_losses.table(losses)}", end="\n\n", flush=True)
+    if handouts:
+        print(federated_handouts.table(handouts), end="\n\n", flush=True)
     if options.repetitions:
         cost = simulate_overhead.run(base, base.federation.methods, options.repetitions)
         print(simulate_overhead.table(cost), flush=True)
