@@ -1,9 +1,7 @@
 """What clients are handed after the first round, beside the exact dW of the very same updates.
 
 All methods of a run begin with the same adapters and batches, so that in the first round the clients'
-updates are the same bits whatever the method. FLoRA hands their sum on exactly: it is the reference. The
-distances of a run's own metrics are from what its server holds, which for zero-padding is a product
-of means already.
+updates are the same bits whatever the method. FLoRA hands their sum on exactly: it is the reference.
 """
 
 from __future__ import annotations

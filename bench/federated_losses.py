@@ -18,8 +18,8 @@ def compared(
 
     ``losses`` are held-out, in nats per token over all clients' answers: the clients of long ones make
     them up. ``weighted_losses`` are means of the clients' own losses by the ``weights`` with which the
-    server adds them up: what federated training sets out to lower. The distances are from the server's
-    own sum, see :mod:`bench.federated_handouts`.
+    server adds them up: what federated training sets out to lower. The distances are of what clients
+    receive from the exact sum of their updates, after the last round.
     """
     by_method: dict[str, list[RecordedRun]] = {}
     for found in runs.values():

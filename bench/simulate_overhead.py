@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from fastagg.federated.seeds import seed_of
 from fastagg.federated.simulation.cohort import Cohort
 from fastagg.federated.simulation.config import RunConfig
 from fastagg.federated.simulation.events import ClientStep, Event, RoundFinished
+from fastagg.federated.simulation.preparation import prepare
 from fastagg.federated.simulation.simulate import simulate
 
 ROUNDS = 2  # the first begins with fresh adapters, the second with what the server handed out
@@ -116,7 +118,11 @@ def _simulated(config: RunConfig, method: str) -> tuple[list[float], list[float]
 
 def bare_rounds(config: RunConfig) -> tuple[list[float], list[float]]:
     """The seconds of each round's steps, and every loss of the first round's."""
-    cohort = Cohort.of(config)
+    with tempfile.TemporaryDirectory(prefix="fastagg-bench-") as folder:
+        return _bare_rounds(config, Cohort.open(config, prepare(config, Path(folder))))
+
+
+def _bare_rounds(config: RunConfig, cohort: Cohort) -> tuple[list[float], list[float]]:
     seconds: list[float] = []
     losses: list[float] = []
     for number in range(1, ROUNDS + 1):
