@@ -11,7 +11,7 @@ from fastagg.federated.report.compare import Comparison, compare
 from fastagg.federated.report.loss_plot import loss_figure
 from fastagg.federated.report.metrics import ClientRow
 from fastagg.federated.report.plot_style import DARK, LIGHT, Theme, png
-from fastagg.federated.report.plots import PLOTS
+from fastagg.federated.report.plots import PLOTS, Gallery
 from fastagg.federated.report.recorded_run import RecordedRun
 from fastagg.federated.report.run_summary import MISSING, columns_for, last, number
 from fastagg.whole_file import write_whole
@@ -64,16 +64,16 @@ def write_report(paths: Sequence[Path], file: Path) -> None:
     write_whole(file, report(compare(paths)))
 
 
-def report(comparison: Comparison) -> str:
+def report(comparison: Comparison, gallery: Gallery | None = None) -> str:
     """The page. Text from the runs' folders is escaped; it may hold anything."""
-    runs = comparison.runs
+    gallery, runs = gallery or Gallery(), comparison.runs
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
     parts = [_HEAD.format(title=escape(title), style=_STYLE), f"<h1>{escape(title)}</h1>"]
     parts.append(_headline(comparison))
     if len(runs) > 1:
         parts.append(_differences(comparison))
         parts.append(f'<div class="plots">{_picture_of_all(runs)}</div>')
-    parts += [_run(run, alone=len(runs) == 1) for run in runs]
+    parts += [_run(run, gallery, alone=len(runs) == 1) for run in runs]
     parts.append("</main></body></html>\n")
     return "\n".join(part for part in parts if part)
 
@@ -102,7 +102,7 @@ def _differences(comparison: Comparison) -> str:
     return f"<h3>Settings that differ</h3>{_table(headings, rows)}"
 
 
-def _run(run: RecordedRun, *, alone: bool) -> str:
+def _run(run: RecordedRun, gallery: Gallery, *, alone: bool) -> str:
     """A run's section; beside others its losses are in the figure of all."""
     parts = ["" if alone else f"<h2>{escape(run.label)}</h2>"]
     parts += [f'<p class="note alarm">Note: {escape(note)}.</p>' for note in run.notes]
@@ -110,8 +110,8 @@ def _run(run: RecordedRun, *, alone: bool) -> str:
     for plot in PLOTS:
         if plot.name == "loss" and not alone:
             continue
-        pictures = [(theme, plot.draw(run, theme)) for theme in (LIGHT, DARK)]
-        bytes_of = {theme: png(figure) for theme, figure in pictures if figure is not None}
+        pictures = [(theme, gallery.picture(plot, run, theme)) for theme in (LIGHT, DARK)]
+        bytes_of = {theme: picture for theme, picture in pictures if picture is not None}
         if bytes_of:
             drawn.append(_figure(bytes_of, plot.caption))
         else:

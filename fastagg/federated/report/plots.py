@@ -254,17 +254,33 @@ PLOTS = (
 )
 
 
-def write_plots(run: RecordedRun, folder: Path) -> Mapping[str, Path]:
+class Gallery:
+    """Pictures of runs, each drawn once however many pages show it."""
+
+    def __init__(self) -> None:
+        self._drawn: dict[tuple[Path, str, Theme], bytes | None] = {}
+
+    def picture(self, plot: Plot, run: RecordedRun, theme: Theme) -> bytes | None:
+        """A PNG; None where the run has nothing of what the plot shows."""
+        key = (run.folder, plot.name, theme)
+        if key not in self._drawn:
+            figure = plot.draw(run, theme)
+            self._drawn[key] = None if figure is None else png(figure)
+        return self._drawn[key]
+
+
+def write_plots(run: RecordedRun, folder: Path, gallery: Gallery | None = None) -> Mapping[str, Path]:
     """Draws all that the run has into `folder`, a PNG each; plot name -> file.
 
     Raises:
         OSError: cannot be written.
     """
+    gallery = gallery or Gallery()
     folder.mkdir(parents=True, exist_ok=True)
     written: dict[str, Path] = {}
     for plot in PLOTS:
-        figure = plot.draw(run, LIGHT)
-        if figure is not None:
+        picture = gallery.picture(plot, run, LIGHT)
+        if picture is not None:
             written[plot.name] = folder / f"{plot.name}.png"
-            written[plot.name].write_bytes(png(figure))
+            written[plot.name].write_bytes(picture)
     return written
