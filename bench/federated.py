@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rates", type=_numbers(float), help="learning rates, such as 1e-3,1e-2; default: the settings'"
     )
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--threads", type=int, default=1, help="seeds may run side by side, in processes of one each"
+    )
     parser.add_argument(
         "--repetitions", type=int, default=3, help="of the measurement of simulate's cost; 0: none"
     )

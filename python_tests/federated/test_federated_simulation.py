@@ -309,6 +309,29 @@ def test_runs_are_not_mixed_up(settings: dict[str, Any]) -> None:
     assert simulate(configured(settings, federation__rounds=2), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"data__path": "nowhere.jsonl"}, "nowhere"),
+        ({"ranks__each": "4,2"}, "3 ranks"),
+        ({"federation__methods": "flora,fedit"}, "fedit"),  # which takes equal ranks alone
+        ({"lora__targets": "no_such"}, "target_modules"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(
+    settings: dict[str, Any], tmp_path: Path, options: dict[str, Any], named: str
+) -> None:
+    out = tmp_path / "new" / "run"
+    with pytest.raises(InvalidInput, match=named):
+        simulate(configured(settings, output__folder=out, **options))
+    assert not (tmp_path / "new").exists()
+    assert simulate(configured(settings, federation__rounds=1))
+    before = sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(InvalidInput, match=named):
+        simulate(configured(settings, **{"federation__methods": "hetlora"} | options))
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
 def test_adapters_of_the_last_round_are_kept(settings: dict[str, Any], tmp_path: Path) -> None:
     assert simulate(configured(settings, output__keep="last", federation__methods="flora,flexlora"))
     for method, kept in (("flora", ["0001", "0002", "0003"]), ("flexlora", ["0003"])):

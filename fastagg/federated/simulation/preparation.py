@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from fastagg.federated.simulation.config import RunConfig
 from fastagg.peft_format.adapter_folder import new_folder
 from fastagg.whole_file import whole_file, write_whole
 
-__all__ = ["Prepared", "load_tokeniser", "prepare"]
+__all__ = ["Prepared", "all_or_nothing", "load_tokeniser", "prepare"]
 
 _MADE_FROM = "made-from.json"
 
@@ -81,6 +83,20 @@ def prepare(config: RunConfig, folder: Path, on_step: OnStep = lambda step, step
     if config.model.name == "embedded":
         _write_base(config, prepared.base, on_step)
     return prepared
+
+
+@contextmanager
+def all_or_nothing(folder: Path) -> Iterator[None]:
+    """Removes the folder, and those above it that are empty, where the block that makes it fails; one
+    that was there before stays."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except BaseException:
+        for each in new:
+            with suppress(OSError):  # somebody else's files are in it by now
+                shutil.rmtree(each) if each == folder else each.rmdir()
+        raise
 
 
 def load_tokeniser(config: RunConfig) -> Tokeniser:

@@ -29,7 +29,7 @@ from fastagg.federated.simulation.events import (
 from fastagg.federated.simulation.full_weights import FullWeights
 from fastagg.federated.simulation.job import FULL, Job, Trained, bring_to_round
 from fastagg.federated.simulation.metrics_lines import ClientRecord, RoundRecord
-from fastagg.federated.simulation.preparation import prepare
+from fastagg.federated.simulation.preparation import all_or_nothing, prepare
 from fastagg.federated.simulation.run_folder import RunFolder
 from fastagg.federated.simulation.strategy import Strategy
 from fastagg.federated.simulation.workers import Train, trainers
@@ -68,10 +68,11 @@ def simulate(
     runs = {method: (_alone(config, method), RunFolder(out / method)) for method in methods}
     for own, folder in runs.values():
         folder.check(own, resume=resume)
-    prepared = prepare(config, out / "cohort", lambda *taken: observer(PreTrainingStep(*taken)))
-    cohort = Cohort.open(config, prepared)
-    # All are made first: a method that refuses the clients is heard of before any has trained.
-    strategies = [strategy_of(method, cohort) for method in runs]
+    with all_or_nothing(out / "cohort"):
+        prepared = prepare(config, out / "cohort", lambda *taken: observer(PreTrainingStep(*taken)))
+        cohort = Cohort.open(config, prepared)
+        # All are made first: a method that refuses the clients is heard of before any has trained.
+        strategies = [strategy_of(method, cohort) for method in runs]
     with trainers(config, cohort) as train:
         for strategy in strategies:
             own, folder = runs[strategy.name]
