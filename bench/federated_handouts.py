@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.federated_losses import spread
 from fastagg.adapter import Adapter
+from fastagg.federated.simulation.run_folder import RunFolder
 
 EXACT = "flora"
 
@@ -38,12 +39,11 @@ def compared(rate: float, folders: Mapping[int, Path], methods: Sequence[str]) -
 
 
 def _first_round(folder: Path, method: str) -> tuple[float, float]:
-    (path,) = _handed_out(folder / EXACT)
-    exact = Adapter.load(path)
+    exact = Adapter.load(RunFolder(folder / EXACT).merged(1))
     deltas = {module: exact.delta(module).double() for module in exact.modules}
     norm2 = sum(float(delta.square().sum()) for delta in deltas.values())
     distances, along = [], []
-    for client in _handed_out(folder / method):
+    for client in sorted((RunFolder(folder / method).round(1) / "adapters").iterdir()):
         received = Adapter.load(client)
         off2 = inner = 0.0
         for module, delta in deltas.items():
@@ -53,10 +53,6 @@ def _first_round(folder: Path, method: str) -> tuple[float, float]:
         distances.append((off2 / norm2) ** 0.5)
         along.append(inner / norm2)
     return statistics.fmean(distances), statistics.fmean(along)
-
-
-def _handed_out(run: Path) -> list[Path]:
-    return sorted((run / "rounds" / "0001" / "adapters").iterdir())
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:

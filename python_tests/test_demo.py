@@ -132,7 +132,7 @@ def test_distances_are_those_of_the_folders(run: Run) -> None:
     assert {each.method for each in run.outcome.received} == set(METHODS)
     for each in run.outcome.received:
         for client in each.clients:
-            adapter = run.round(each.method) / "adapters" / ("merged" if each.stacked else client)
+            adapter = run.round(each.method) / ("merged" if each.stacked else f"adapters/{client}")
             again = distance(deltas(adapter), expected)
             assert each.distance == pytest.approx(again, rel=1e-6, abs=1e-9)
         best = distance(truncated(expected, each.rank), expected)

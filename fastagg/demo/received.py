@@ -14,8 +14,8 @@ from fastagg.adapter import Adapter
 from fastagg.cli.tables import table
 from fastagg.federated.report.metrics import ClientRow
 from fastagg.federated.report.recorded_run import RecordedRun
+from fastagg.federated.simulation.run_folder import RunFolder
 
-MERGED = "merged"
 ROUNDING = 1e-6  # relative distance below which only float32's rounding is left
 
 
@@ -46,7 +46,7 @@ def received(runs: Sequence[RecordedRun], number: int = 1) -> tuple[Received, ..
 
 def _of_run(run: RecordedRun, number: int) -> list[Received]:
     before = {row.client: row.held_out_loss for row in run.clients if row.round == 0}
-    merged = run.folder / "rounds" / f"{number:04d}" / "adapters" / MERGED
+    merged = RunFolder(run.folder).merged(number)
     stacked = Adapter.load(merged) if merged.is_dir() else None
     by_rank: dict[int, list[ClientRow]] = {}
     for row in run.clients:

@@ -48,8 +48,8 @@ def shown(*, terminal: bool) -> str:
 def test_lines_alone_where_nobody_watches() -> None:
     assert shown(terminal=False).splitlines() == [
         "flora: 2 clients, 2 rounds",
-        "  round 1: no [power]",
-        "  round 1, held-out loss 1.2500, ROUGE-L 0.500, 1 clients, 1 failed, 1.5 s",
+        "  round 1, client [red]: no [power]",
+        "  round 1, held-out loss 1.2500, ROUGE-L 0.500, 1 client, 1 failed, 1.5 s",
     ]
 
 

@@ -131,7 +131,7 @@ def test_centralized_is_one_client_with_all_examples(settings: dict[str, Any], t
     start: Any = cohort.clients[0].config
     for number in (1, 2):
         with cohort.model.adapter(start, seed=seed_of(3, "factors", 1)) as network:
-            seed = seed_of(3, "training", number, "centralized")
+            seed = seed_of(3, "training", number, ".pooled")
             outcome = fit(network, examples, cohort.pooled.training, seed=seed)
             start = cohort.model.capture()
             losses = [loss_on(network, client.held_out, batch=16).mean for client in cohort.clients]
@@ -139,8 +139,48 @@ def test_centralized_is_one_client_with_all_examples(settings: dict[str, Any], t
     found = [line for line in lines(run / "centralized") if line["round"] == 2]
     assert [line["held_out_loss"] for line in found[1:4]] == losses
     assert [line["participated"] for line in found[1:]] == [False, False, False, True]
-    assert found[4]["client"] == "centralized" and found[4]["train_loss"] == outcome.loss
+    assert found[4]["client"] == ".pooled" and found[4]["train_loss"] == outcome.loss
     assert found[0]["bytes_up"] == found[0]["bytes_down"] == 0
+
+
+def test_centralized_has_neither_an_optimiser_nor_a_time_limit_of_the_servers(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = configured(settings, federation__methods="centralized", output__folder=tmp_path / "plain")
+    other = configured(
+        settings,
+        federation__methods="centralized",
+        federation__optimiser="fedadam",
+        federation__timeout=1e-9,
+        output__folder=tmp_path / "other",
+    )
+    assert simulate(plain) and simulate(other)
+    assert lines(tmp_path / "plain" / "centralized") == lines(tmp_path / "other" / "centralized")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda w: w | {"lm_head.weight": torch.ones(1)}, "no such tensor"),
+        (lambda w: {name: x[:1] if x.ndim == 1 else x for name, x in w.items()}, "not of this model"),
+        (lambda w: dict(list(w.items())[1:]), "not of this model"),
+        (lambda w: {name: x * float("nan") for name, x in w.items()}, "not finite"),
+    ],
+)
+def test_full_leaves_out_an_update_that_is_none(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, reason: str
+) -> None:
+    plain = Client.fit_weights
+
+    def spoilt(self: Client, round: int, on_step: Any = None) -> dict[str, torch.Tensor]:
+        weights = plain(self, round, on_step)
+        return spoil(weights) if self.name == "b" else weights
+
+    monkeypatch.setattr(Client, "fit_weights", spoilt)
+    assert simulate(configured(settings, federation__methods="full", federation__rounds=1))
+    line = next(x for x in lines(tmp_path / "run" / "full") if x["kind"] == "round" and x["round"])
+    assert line["participants"] == 2 and reason in line["failures"]["b"]
+    assert line["loss"] is not None
 
 
 def test_centralized_takes_the_steps_of_a_rounds_participants(settings: dict[str, Any]) -> None:

@@ -118,7 +118,7 @@ def test_distances_and_spectra_are_those_of_the_sum(settings: dict[str, Any], tm
     for line in RunFolder(run / "flora").metrics():
         if line["kind"] == "client" and line["round"] == 1:
             assert line["distance"] <= 1e-6 and line["optimal_distance"] <= 1e-14
-    stack = Adapter.load(run / "flora" / "rounds" / "0001" / "adapters" / "merged")
+    stack = Adapter.load(run / "flora" / "rounds" / "0001" / "merged")
     exact = {}
     for module in stack.modules:
         a, b = stack.factors(module)
@@ -181,7 +181,7 @@ def test_distances_are_from_what_an_optimiser_made(
     folder = tmp_path / "run" / method / "rounds" / "0003"
     state = load_file(folder / "state.safetensors")
     if method == "flora":
-        merged = Adapter.load(folder / "adapters" / "merged")
+        merged = Adapter.load(folder / "merged")
         exact = {module: merged.delta(module).double() for module in merged.modules}
     else:
         totals = {key: tensor for key, tensor in state.items() if key.startswith("total/")}
@@ -334,8 +334,15 @@ def test_what_is_refused_leaves_nothing(
 
 def test_adapters_of_the_last_round_are_kept(settings: dict[str, Any], tmp_path: Path) -> None:
     assert simulate(configured(settings, output__keep="last", federation__methods="flora,flexlora"))
-    for method, kept in (("flora", ["0001", "0002", "0003"]), ("flexlora", ["0003"])):
-        found = (tmp_path / "run" / method / "rounds").glob("*/adapters")
+    for method, what, kept in (
+        ("flora", "merged", ["0001", "0002", "0003"]),  # what is in the base
+        ("flora", "state.safetensors", ["0003"]),
+        ("flexlora", "adapters", ["0003"]),
+        ("flexlora", "state.safetensors", ["0003"]),
+        ("flexlora", "updates", []),
+        ("flexlora", "COMPLETE", ["0001", "0002", "0003"]),
+    ):
+        found = (tmp_path / "run" / method / "rounds").glob(f"*/{what}")
         assert sorted(path.parent.name for path in found) == kept
 
 

@@ -215,10 +215,12 @@ class LocalModel:
             for name, weight in own.items():
                 weight.copy_(weights[name])
 
-    def restart(self, network: nn.Module) -> None:
-        """Puts another network in the place of this one's, which holds the weights of round 1."""
+    def restart(self, load: Callable[[], nn.Module]) -> None:
+        """Loads a network that holds the weights of round 1, when this one's memory is free."""
         self._require_bare()
-        self.network = network.to(self.device).requires_grad_(False).eval()
+        device = self.device
+        self.network = nn.Identity()
+        self.network = load().to(device).requires_grad_(False).eval()
         self.round = 1
 
     @contextmanager

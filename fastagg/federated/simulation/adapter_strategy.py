@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from fastagg.adapter import Adapter
+from fastagg.errors import InvalidInput
 from fastagg.federated.clients.client import Client
 from fastagg.federated.seeds import seed_of
 from fastagg.federated.server.server import RoundOutcome, Server
@@ -27,7 +28,7 @@ from fastagg.federated.simulation.cohort import POOLED, Cohort
 from fastagg.federated.simulation.evaluation import Distance
 from fastagg.federated.simulation.job import Trained
 from fastagg.federated.simulation.run_folder import RunFolder
-from fastagg.federated.simulation.settings import FederationSection
+from fastagg.federated.simulation.settings import CENTRALIZED, FederationSection
 from fastagg.update import ClientUpdate
 from fastagg.whole_file import write_whole
 from fastagg.whole_round import aggregate
@@ -41,13 +42,20 @@ class AdapterStrategy:
         method: the package's.
         trained: the clients that train.
         min_clients: updates without which a round does not count.
+        own_optimiser: the server's; None: the configuration's.
 
     Raises:
         InvalidInput: clients that the method cannot aggregate together.
     """
 
     def __init__(
-        self, name: str, method: str, trained: Sequence[Client], min_clients: int, cohort: Cohort
+        self,
+        name: str,
+        method: str,
+        trained: Sequence[Client],
+        min_clients: int,
+        cohort: Cohort,
+        own_optimiser: ServerOptimiser | None = None,
     ) -> None:
         self.name = name
         self.trained = trained
@@ -57,7 +65,7 @@ class AdapterStrategy:
         self._server = Server(
             method,
             {client.name: cohort.fresh[client.name] for client in trained},
-            optimiser=optimiser(federation),
+            optimiser=own_optimiser or optimiser(federation),
             min_clients=min_clients,
             on_too_few=federation.on_too_few,
             seed=seed_of(cohort.config.seed, "server") % 2**31,
@@ -84,7 +92,11 @@ class AdapterStrategy:
             self._server.fail(trained.client, trained.failure or "has no update")
             return trained.failure
         examples = len(self._by_name[trained.client].train)
-        update = ClientUpdate.load(trained.update, weight=examples, client_id=trained.client)
+        try:
+            update = ClientUpdate.load(trained.update, weight=examples, client_id=trained.client)
+        except InvalidInput as error:
+            self._server.fail(trained.client, str(error))
+            return str(error)
         refused = self._server.receive(update)
         if refused is not None:
             return refused.reason
@@ -127,16 +139,17 @@ class AdapterStrategy:
 
     def measured(self, run: RunFolder, round: int) -> Mapping[str, Distance | None]:
         """See :class:`Strategy`."""
-        cosine = evaluation.similarity(self._updates)
-        names = [update.client_id for update in self._updates]
-        write_whole(
-            run.round(round) / "similarity.json", json.dumps({"clients": names, "cosine": cosine})
-        )
-        if not self._cohort.config.evaluation.distance:
+        wanted = self._cohort.config.evaluation
+        compared = self._updates[: wanted.similarity]
+        if compared:
+            names = [update.client_id for update in compared]
+            table = {"clients": names, "cosine": evaluation.similarity(compared)}
+            write_whole(run.round(round) / "similarity.json", json.dumps(table))
+        if not wanted.distance:
             return {}
         handed = {client.name: self._handed(client.name) for client in self.trained}
         # Whatever the method makes of them, what it approximates is the exact sum of the updates.
-        exact = aggregate(self._updates, "flora")
+        exact = aggregate(self._updates, "flexlora")
 
         def held(module: str) -> evaluation.Delta:
             if not self._server.optimiser.dense:
@@ -172,7 +185,7 @@ class Centralized(AdapterStrategy):
     together, with the largest of their adapters. The mean of one is itself: nothing is rounded."""
 
     def __init__(self, cohort: Cohort) -> None:
-        super().__init__(POOLED, "fedit", (cohort.pooled,), 1, cohort)
+        super().__init__(CENTRALIZED, "fedit", (cohort.pooled,), 1, cohort, FedAvg())
 
     def as_handed(self, client: Client) -> AbstractContextManager[nn.Module]:
         """See :class:`Strategy`."""

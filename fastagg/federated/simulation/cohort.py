@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils.data import ConcatDataset
 
 from fastagg.adapter import Adapter
+from fastagg.errors import InvalidInput
 from fastagg.federated.clients import ranks
 from fastagg.federated.clients.client import Client
 from fastagg.federated.clients.local_model import LocalModel
@@ -28,8 +30,8 @@ from fastagg.federated.simulation.settings import FederationSection
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-POOLED = "centralized"
-"""The one client of the reference of that name, which has the examples of all."""
+# Names of clients come from those of files or labels, which never begin with a dot.
+POOLED = ".pooled"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,17 +44,14 @@ class Cohort:
         pooled: one that has the examples of all, and the largest of their adapters.
         fresh: name -> an adapter of the client's own configuration, with B = 0. Those of clients that
             do not differ share their memory.
-        questions: name -> the held-out examples that are evaluated, as text.
     """
 
     config: RunConfig
     prepared: Prepared
     model: LocalModel
-    tokeniser: Tokeniser
     clients: tuple[Client, ...]
     pooled: Client
     fresh: Mapping[str, Adapter]
-    questions: Mapping[str, tuple[Example, ...]]
 
     @classmethod
     def open(cls, config: RunConfig, prepared: Prepared) -> Cohort:
@@ -64,6 +63,7 @@ class Cohort:
         model = _model(config, prepared)
         names = prepared.names()
         own_ranks = _ranks(config, names, model)
+        _check_numbers(config, prepared)
         training = _training(config)
         clients, kinds, fresh = [], _Kinds(config, model), {}
         for name in names:
@@ -87,23 +87,56 @@ class Cohort:
             config,
             prepared,
             model,
-            load_tokeniser(config),
             tuple(clients),
             pooled,
             fresh | {POOLED: fresh[largest.name]},
-            prepared.questions(),
         )
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Client]:
+        """The clients by their names."""
+        return {client.name: client for client in self.clients}
+
+    @cached_property
+    def tokeniser(self) -> Tokeniser:
+        """The model's."""
+        return load_tokeniser(self.config)
+
+    @cached_property
+    def questions(self) -> Mapping[str, tuple[Example, ...]]:
+        """Name -> the held-out examples that are evaluated, as text, where answers are wanted."""
+        return self.prepared.questions()
 
     def restart(self) -> None:
         """The base weights are what they were before the first round."""
         if self.model.round > 1:
-            self.model.restart(_model(self.config, self.prepared).network)
+            self.model.restart(lambda: _model(self.config, self.prepared).network)
 
 
 def participants(federation: FederationSection, clients: int) -> int:
     """How many of so many clients a round asks for."""
     wanted = federation.clients_per_round or max(1, round(federation.participation * clients))
     return min(max(wanted, federation.min_clients), clients)
+
+
+def _check_numbers(config: RunConfig, prepared: Prepared) -> None:
+    """What would be heard of only when a client has trained, or all have."""
+    names, least = prepared.names(), config.federation.min_clients
+    if least > len(names):
+        raise InvalidInput(
+            "more clients than there are",
+            field="federation.min_clients",
+            expected=f"at most {len(names)}",
+            got=least,
+        )
+    for name in names if config.training.patience else ():
+        if not len(read_encoded(prepared.examples(name), "held_out")):
+            raise InvalidInput(
+                "early stopping goes by held-out examples, and the client has none",
+                client=name,
+                field="training.patience",
+                cure="Hold some out, or train without early stopping",
+            )
 
 
 class _Kinds:
@@ -124,15 +157,15 @@ class _Kinds:
 
 
 def _pooled(config: RunConfig, clients: Sequence[Client], lora: LoraConfig) -> Client:
-    """All examples in one place, and as many batches in a round as its participants take together."""
+    """All examples in one place, and as many steps in a round as its participants take together, were
+    all clients drawn alike."""
     trains, held_out = (
         cast("Sequence[Encoded]", ConcatDataset(cast(Any, parts)))
         for parts in ([each.train for each in clients], [each.held_out for each in clients])
     )
     own, asked = clients[0].training, participants(config.federation, len(clients))
-    epochs = (own.epochs or 0) * own.steps_in_epoch(len(trains)) * asked / len(clients)
-    steps = (own.steps or 0) * asked or math.ceil(epochs)
-    training = replace(own, epochs=None, steps=steps)
+    of_all = sum(own.total_steps(len(each.train)) for each in clients)
+    training = replace(own, epochs=None, steps=math.ceil(of_all * asked / len(clients)))
     model = clients[0].model
     return Client(
         POOLED, trains, held_out, config=lora, model=model, training=training, seed=config.seed
@@ -144,12 +177,12 @@ def _model(config: RunConfig, prepared: Prepared) -> LocalModel:
     device = wanted.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: torch.dtype = getattr(torch, wanted.dtype)
     if wanted.name != "embedded":
-        dtype: torch.dtype = getattr(torch, wanted.dtype)
         return LocalModel.from_pretrained(
             wanted.name, dtype=dtype, device=device, revision=wanted.revision or None
         )
-    model = LocalModel.from_pretrained(prepared.base, device=device)
+    model = LocalModel.from_pretrained(prepared.base, dtype=dtype, device=device)
     # Adapters would name it as their base, and a run's folder may be moved.
     network: Any = model.network
     network.name_or_path = ""

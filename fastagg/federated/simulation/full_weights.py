@@ -14,17 +14,21 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastagg.errors import InvalidInput
 from fastagg.federated.clients.client import Client
+from fastagg.federated.clients.placement import require_same_tensors
 from fastagg.federated.messages import ClientFailure
 from fastagg.federated.server.server import RoundOutcome, TooFewUpdates
 from fastagg.federated.simulation.adapter_strategy import optimiser
 from fastagg.federated.simulation.cohort import Cohort
 from fastagg.federated.simulation.evaluation import Distance
-from fastagg.federated.simulation.job import FULL, Trained
+from fastagg.federated.simulation.job import Trained
 from fastagg.federated.simulation.run_folder import RunFolder
+from fastagg.federated.simulation.settings import FULL
 from fastagg.whole_file import whole_file
 
 
@@ -41,9 +45,9 @@ class FullWeights:
         self._moments: dict[str, dict[str, Tensor]] = {}
         self._round = 1
         self._attempt = 0
-        self._begin(())
+        self._begin()
 
-    def _begin(self, clients: Sequence[str]) -> None:
+    def _begin(self) -> None:
         self._sum: dict[str, Tensor] = {}
         self._weight = 0
         self._heard: list[str] = []
@@ -61,22 +65,40 @@ class FullWeights:
     def start_round(self, clients: Sequence[str]) -> None:
         """See :class:`Strategy`."""
         self._attempt += 1
-        self._begin(clients)
+        self._begin()
 
     def receive(self, trained: Trained) -> str | None:
         """See :class:`Strategy`."""
-        if trained.update is None:
-            reason = trained.failure or "has no update"
-            self._failures.append(ClientFailure(trained.client, self._round, reason))
-            return trained.failure
+        failure = trained.failure
+        try:
+            weights = self._checked(trained) if trained.update is not None else {}
+        except InvalidInput as error:
+            failure = str(error)
+        if failure is not None:
+            self._failures.append(ClientFailure(trained.client, self._round, failure))
+            return failure
         examples = self._examples[trained.client]
-        for name, weight in load_file(trained.update).items():
+        for name, weight in weights.items():
             if name not in self._sum:
                 self._sum[name] = torch.zeros(weight.shape, dtype=torch.float64)
             self._sum[name].add_(weight.double(), alpha=examples)
         self._weight += examples
         self._heard.append(trained.client)
         return None
+
+    def _checked(self, trained: Trained) -> dict[str, Tensor]:
+        """The weights of an update, all of the model's and finite."""
+        client = trained.client
+        try:
+            weights = load_file(str(trained.update))
+        except (OSError, SafetensorError) as error:
+            raise InvalidInput(f"the update cannot be read: {error}", client=client) from error
+        own = dict(self._cohort.model.network.named_parameters())
+        require_same_tensors(own, weights, field="weights", client=client)
+        for name, weight in weights.items():
+            if not bool(torch.isfinite(weight).all()):
+                raise InvalidInput("the weight is not finite", client=client, field=name)
+        return weights
 
     def finish_round(self) -> RoundOutcome | None:
         """See :class:`Strategy`."""

@@ -14,12 +14,10 @@ from fastagg.federated.clients.client import Client
 from fastagg.federated.clients.local_model import LocalModel
 from fastagg.federated.clients.training import Step, TrainingOutcome
 from fastagg.federated.messages import ClientFailure, Handout
-from fastagg.federated.simulation.cohort import POOLED, Cohort
+from fastagg.federated.simulation.cohort import Cohort
 from fastagg.federated.simulation.run_folder import RunFolder
+from fastagg.federated.simulation.settings import CENTRALIZED, FULL
 from fastagg.whole_file import whole_file
-
-FULL = "full"
-"""The reference whose clients train all weights."""
 
 OnStep = Callable[[str, Step], None]
 
@@ -78,9 +76,7 @@ def perform(job: Job, cohort: Cohort, on_step: OnStep = lambda client, step: Non
 
 def member(job: Job, cohort: Cohort) -> Client:
     """The client that a job is for."""
-    if job.method == POOLED:
-        return cohort.pooled
-    return next(each for each in cohort.clients if each.name == job.client)
+    return cohort.pooled if job.method == CENTRALIZED else cohort.by_name[job.client]
 
 
 def handout(job: Job, run: RunFolder) -> Handout:

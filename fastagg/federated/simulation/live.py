@@ -93,7 +93,7 @@ class LiveView:
                 self._bars.advance(self._clients)
                 self._client = None
                 if event.failure is not None:
-                    self.say(f"  round {event.round}: {event.failure}")
+                    self.say(f"  round {event.round}, client {event.client}: {event.failure}")
             case RoundFinished():
                 self._bars.update(self._rounds, completed=event.round)
                 self.say(f"  {_sentence(event.line)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -75,13 +75,16 @@ class ClientRecord:
 
 @dataclass
 class RoundRecord:
-    """What is known of a round; 0 is before any."""
+    """What is known of a round; 0 is before any.
+
+    failures: client -> its last one, in any attempt at the round.
+    """
 
     method: str
     round: int
     clients: dict[str, ClientRecord]
     clock: Clock = field(default_factory=Clock)
-    failures: Mapping[str, str] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
     answers: Answers | None = None
     scored: tuple[str, ...] = ()
 

@@ -1,9 +1,9 @@
 """What all methods of a run share, made once and kept on the disk beside their folders.
 
 cohort/base/                the embedded model after its pre-training, as transformers loads it
-cohort/clients.json         the clients' names, in the order in which they train
-cohort/examples/NAME.safetensors   what each of them trains on and is evaluated with, as tokens
-cohort/questions.jsonl      the held-out examples as text, where answers are to be generated
+cohort/data/clients.json    the clients' names, in the order in which they train
+            examples/NAME.safetensors   what each trains on and is evaluated with, as tokens
+            questions.jsonl         the held-out examples as text, where answers are to be generated
 
 Every process that trains clients opens this folder, so that none has to hold the data of all.
 """
@@ -11,10 +11,12 @@ Every process that trains clients opens this folder, so that none has to hold th
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,8 @@ from fastagg.federated.data.examples import ClientData, Columns, Example
 from fastagg.federated.data.prompt import ByteTokeniser, PretrainedTokeniser, Tokeniser, encode
 from fastagg.federated.simulation.config import RunConfig
 from fastagg.peft_format.adapter_folder import new_folder
-from fastagg.whole_file import whole_file, write_whole
 
-__all__ = ["Prepared", "all_or_nothing", "load_tokeniser", "prepare"]
+__all__ = ["Prepared", "all_or_nothing", "load_tokeniser", "locked", "prepare"]
 
 _MADE_FROM = "made-from.json"
 
@@ -42,23 +43,29 @@ class Prepared:
     """The files of such a folder."""
 
     folder: Path
+    made: Path | None = None
 
     @property
     def base(self) -> Path:
         """The embedded model."""
         return self.folder / "base"
 
+    @property
+    def data(self) -> Path:
+        """What the clients have; ``made`` while it is being written."""
+        return self.made or self.folder / "data"
+
     def examples(self, client: str) -> Path:
         """A client's tokens."""
-        return self.folder / "examples" / f"{client}.safetensors"
+        return self.data / "examples" / f"{client}.safetensors"
 
     def names(self) -> tuple[str, ...]:
         """The clients, in the order in which they train."""
-        return tuple(json.loads((self.folder / "clients.json").read_text("utf-8")))
+        return tuple(json.loads((self.data / "clients.json").read_text("utf-8")))
 
     def questions(self) -> dict[str, tuple[Example, ...]]:
         """Client -> its held-out examples as text; empty where no answers are wanted."""
-        file = self.folder / "questions.jsonl"
+        file = self.data / "questions.jsonl"
         found: dict[str, tuple[Example, ...]] = {}
         if file.exists():
             with file.open(encoding="utf-8") as lines:
@@ -86,16 +93,43 @@ def prepare(config: RunConfig, folder: Path, on_step: OnStep = lambda step, step
 
 
 @contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keeps other processes' runs out of a folder for as long as the block lasts, however it ends.
+
+    Raises:
+        InvalidInput: a run is going on there.
+    """
+    new = [each for each in (out, *out.parents) if not each.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / ".lock"
+    with file.open("w") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which a kill releases
+        except BlockingIOError:
+            raise InvalidInput(
+                f"another run is going on in {out}",
+                field="output.folder",
+                cure="Wait for its end, or choose another folder",
+            ) from None
+        try:
+            yield
+        finally:
+            if new and list(out.iterdir()) == [file]:
+                file.unlink()
+                with suppress(OSError):
+                    for each in new:
+                        each.rmdir()
+
+
+@contextmanager
 def all_or_nothing(folder: Path) -> Iterator[None]:
-    """Removes the folder, and those above it that are empty, where the block that makes it fails; one
-    that was there before stays."""
-    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    """Removes the folder where the block that makes it fails; one that was there before stays."""
+    before = folder.exists()
     try:
         yield
     except BaseException:
-        for each in new:
-            with suppress(OSError):  # somebody else's files are in it by now
-                shutil.rmtree(each) if each == folder else each.rmdir()
+        if not before:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
@@ -123,25 +157,52 @@ def load_tokeniser(config: RunConfig) -> Tokeniser:
 
 
 def _write_examples(config: RunConfig, prepared: Prepared) -> None:
+    """All of them in one folder that appears whole, unless runs here were made from other ones."""
     tokeniser = load_tokeniser(config)
     template, length = config.data.prompt_template(), config.data.length
     most = config.evaluation.max_examples or None
-    names = []
-    with whole_file(prepared.folder / "questions.jsonl") as made, made.open("w") as questions:
-        for client in _clients(config):
-            parts = {"train": client.train, "held_out": client.held_out}
-            write_encoded(
-                prepared.examples(client.name),
-                {
-                    name: (encode(each, template, tokeniser, length) for each in own)
-                    for name, own in parts.items()
-                },
+    names, digest = [], hashlib.blake2b(digest_size=16)
+    with new_folder(prepared.data, overwrite=True) as made:
+        inside = Prepared(prepared.folder, made)
+        with (made / "questions.jsonl").open("w", encoding="utf-8") as questions:
+            for client in _clients(config):
+                parts = {"train": client.train, "held_out": client.held_out}
+                write_encoded(
+                    inside.examples(client.name),
+                    {
+                        name: (encode(each, template, tokeniser, length) for each in own)
+                        for name, own in parts.items()
+                    },
+                )
+                digest.update(client.name.encode() + inside.examples(client.name).read_bytes())
+                if config.evaluation.answers:
+                    own = [dataclasses.asdict(each) for each in client.held_out[:most]]
+                    questions.write(json.dumps({"client": client.name, "examples": own}) + "\n")
+                names.append(client.name)
+        (made / "clients.json").write_text(json.dumps(names), encoding="utf-8")
+        made_from = {"seed": config.seed, **config.model.model_dump(exclude={"device"})}
+        made_from["data"] = digest.hexdigest()
+        _check_alike(prepared, made_from)
+        (made / _MADE_FROM).write_text(json.dumps(made_from), encoding="utf-8")
+
+
+def _check_alike(prepared: Prepared, made_from: Mapping[str, Any]) -> None:
+    """Runs of one folder share base and clients, whether they were begun together or not."""
+    note = prepared.data / _MADE_FROM
+    runs = [file.parent for file in prepared.folder.parent.glob("*/config.toml")]
+    if not runs or not note.is_file():
+        return
+    before = json.loads(note.read_text("utf-8"))
+    for name, value in made_from.items():
+        if before.get(name) != value:
+            raise InvalidInput(
+                f"the runs in {prepared.folder.parent} began with another "
+                + ("set of examples" if name == "data" else "model or seed"),
+                field=name if name in ("data", "seed") else f"model.{name}",
+                expected=before.get(name),
+                got=value,
+                cure="Choose another output.folder, or go on with what these runs had",
             )
-            if config.evaluation.answers:
-                own = [dataclasses.asdict(each) for each in client.held_out[:most]]
-                questions.write(json.dumps({"client": client.name, "examples": own}) + "\n")
-            names.append(client.name)
-    write_whole(prepared.folder / "clients.json", json.dumps(names))
 
 
 def _write_base(config: RunConfig, folder: Path, on_step: OnStep) -> None:

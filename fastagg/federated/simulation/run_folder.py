@@ -3,7 +3,7 @@
 config.toml
 metrics.jsonl                   one JSON object a line, of kind "round" or "client"
 rounds/0003/updates/NAME/       what the clients sent, as PEFT folders; weights.json: their examples
-            adapters/NAME/      what clients are handed next; adapters/merged where all merge the same
+            adapters/NAME/      what each client is handed next, or where all merge the same: merged/
             weights.safetensors the base weights of the next round, where clients train all of them
             state.safetensors   the server after the round
             spectra.json, similarity.json
@@ -13,6 +13,7 @@ rounds/0003/updates/NAME/       what the clients sent, as PEFT folders; weights.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,7 +45,8 @@ class RunFolder:
             InvalidInput: a folder that is there without ``resume``, or whose run had other settings.
         """
         if not (self.path / "config.toml").exists():
-            if self.path.exists() and any(self.path.iterdir()):
+            # A kill may have come while the first file was written, beside its place.
+            if self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir()):
                 raise self._refusal("is not empty, and no run")
         elif not resume:
             raise self._refusal("holds a run already")
@@ -62,12 +64,18 @@ class RunFolder:
         self.check(config, resume=resume)
         write_whole(self.path / "config.toml", config.to_toml())
         last = self.last_complete()
+        for left_over in self.path.glob(".*.????????"):  # of whole_file
+            left_over.unlink()
         for folder in self._round_folders():
             if int(folder.name) > last:
                 shutil.rmtree(folder)
-        if self._metrics.exists():
-            kept = [line for line in self.metrics() if line["round"] <= last]
-            self._write_metrics(kept if last else [])
+        kept = [line for line in self.metrics() if last and line["round"] <= last]
+        write_whole(self._metrics, _as_text(kept))
+        if config.output.keep == "last":
+            for number in range(1, last + 1):
+                self.forget_updates(number)
+                if number < last:
+                    self.forget_state(number)
         return last
 
     def round(self, number: int) -> Path:
@@ -84,7 +92,7 @@ class RunFolder:
 
     def merged(self, number: int) -> Path:
         """The one adapter that all clients merge after a round."""
-        return self.adapter(number, "merged")
+        return self.round(number) / "merged"
 
     def weights(self, number: int) -> Path:
         """The base weights after a round, of methods that change them otherwise."""
@@ -111,27 +119,29 @@ class RunFolder:
         return last
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines, as written."""
+        """All lines, as written, but for one that a kill cut off."""
         if not self._metrics.exists():
             return []
-        return [json.loads(line) for line in self._metrics.read_text("utf-8").splitlines()]
+        whole, _, _ = self._metrics.read_text("utf-8").rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
     def add_metrics(self, lines: Iterable[Line]) -> None:
-        """Puts lines after those that are there."""
-        self._write_metrics([*self.metrics(), *lines])
+        """Puts lines after those that are there; no round counts before its COMPLETE is written, and
+        lines of other rounds are dropped when the folder is opened."""
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(_as_text(lines))
+            file.flush()
+            os.fsync(file.fileno())
 
     def forget_updates(self, number: int) -> None:
         """Removes what the clients sent in a round."""
         shutil.rmtree(self.round(number) / "updates", ignore_errors=True)
 
-    def forget_handouts(self, number: int) -> None:
-        """Removes what clients were handed after a round, unless the base of all later rounds has it."""
-        if not self.merged(number).exists():
-            shutil.rmtree(self.round(number) / "adapters", ignore_errors=True)
+    def forget_state(self, number: int) -> None:
+        """Removes what a later round has no use for: all but what was merged, which is the base's."""
+        shutil.rmtree(self.round(number) / "adapters", ignore_errors=True)
         self.weights(number).unlink(missing_ok=True)
-
-    def _write_metrics(self, lines: Iterable[Line]) -> None:
-        write_whole(self._metrics, "".join(f"{json.dumps(line)}\n" for line in lines))
+        (self.round(number) / "state.safetensors").unlink(missing_ok=True)
 
     def _round_folders(self) -> list[Path]:
         return sorted(path for path in (self.path / "rounds").glob("*") if path.name.isdigit())
@@ -157,6 +167,10 @@ class RunFolder:
             field="output.folder",
             cure="Go on with its run (--resume), or choose another folder",
         )
+
+
+def _as_text(lines: Iterable[Line]) -> str:
+    return "".join(f"{json.dumps(line)}\n" for line in lines)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -32,7 +32,9 @@ else:
     import tomli as tomllib
 
 # Beside the package's methods: averaging of full weights, and one model on the data of all.
-REFERENCES = ("full", "centralized")
+FULL = "full"
+CENTRALIZED = "centralized"
+REFERENCES = (FULL, CENTRALIZED)
 
 
 def did_you_mean(near: list[str]) -> str | None:
@@ -332,6 +334,9 @@ class EvaluationSection(Section):
     )
     new_tokens: Count = Field(64, description="Tokens of a generated answer at most.")
     distance: bool = Field(True, description="Measure how far what clients receive is from dW.")
+    similarity: CountOrNone = Field(
+        64, description="Clients of a round at most whose updates are compared with each other; 0: none."
+    )
 
 
 class OutputSection(Section):

@@ -15,7 +15,7 @@ from fastagg.federated.clients.training import Step
 from fastagg.federated.seeds import seed_of
 from fastagg.federated.simulation import evaluation
 from fastagg.federated.simulation.adapter_strategy import AdapterStrategy, Centralized
-from fastagg.federated.simulation.cohort import POOLED, Cohort, participants
+from fastagg.federated.simulation.cohort import Cohort, participants
 from fastagg.federated.simulation.config import RunConfig
 from fastagg.federated.simulation.events import (
     ClientFinished,
@@ -27,10 +27,11 @@ from fastagg.federated.simulation.events import (
     RunStarted,
 )
 from fastagg.federated.simulation.full_weights import FullWeights
-from fastagg.federated.simulation.job import FULL, Job, Trained, bring_to_round
+from fastagg.federated.simulation.job import Job, Trained, bring_to_round
 from fastagg.federated.simulation.metrics_lines import ClientRecord, RoundRecord
-from fastagg.federated.simulation.preparation import all_or_nothing, prepare
+from fastagg.federated.simulation.preparation import all_or_nothing, locked, prepare
 from fastagg.federated.simulation.run_folder import RunFolder
+from fastagg.federated.simulation.settings import CENTRALIZED, FULL
 from fastagg.federated.simulation.strategy import Strategy
 from fastagg.federated.simulation.workers import Train, trainers
 from fastagg.whole_file import write_whole
@@ -63,18 +64,40 @@ def simulate(
         InvalidInput: settings that do not fit each other, the data or the model.
         TooFewUpdates: see ``federation.min_clients``.
     """
+    try:
+        with locked(Path(config.output.folder)):
+            return _simulate(config, resume, observer, stop)
+    except _Stopped:
+        return False
+
+
+class _Stopped(Exception):
+    """Asked to end before the first round."""
+
+
+def _simulate(
+    config: RunConfig, resume: bool, observer: Observer, stop: Callable[[], bool]
+) -> bool:
     out = Path(config.output.folder)
     methods = config.federation.methods
     runs = {method: (_alone(config, method), RunFolder(out / method)) for method in methods}
     for own, folder in runs.values():
         folder.check(own, resume=resume)
+
+    def told(step: int, steps: int) -> None:
+        observer(PreTrainingStep(step, steps))
+        if stop():
+            raise _Stopped
+
     with all_or_nothing(out / "cohort"):
-        prepared = prepare(config, out / "cohort", lambda *taken: observer(PreTrainingStep(*taken)))
+        prepared = prepare(config, out / "cohort", told)
         cohort = Cohort.open(config, prepared)
         # All are made first: a method that refuses the clients is heard of before any has trained.
         strategies = [strategy_of(method, cohort) for method in runs]
     with trainers(config, cohort) as train:
         for strategy in strategies:
+            if stop():
+                return False
             own, folder = runs[strategy.name]
             cohort.restart()
             run = _Run(own, cohort, strategy, folder, train, observer, stop)
@@ -91,7 +114,7 @@ def strategy_of(method: str, cohort: Cohort) -> Strategy:
     """
     if method == FULL:
         return FullWeights(cohort)
-    if method == POOLED:
+    if method == CENTRALIZED:
         return Centralized(cohort)
     least = cohort.config.federation.min_clients
     return AdapterStrategy(method, method, cohort.clients, least, cohort)
@@ -130,7 +153,7 @@ class _Run:
         if done:
             self.strategy.go_on_after(self.folder, done)
             bring_to_round(self.cohort.model, self.folder, done + 1)
-        elif not self.folder.metrics():
+        else:
             record = self._new_record(0)
             self._evaluate(record)
             self._complete(record)
@@ -138,6 +161,8 @@ class _Run:
 
     def _round(self, number: int) -> bool:
         """One round, repeated until it counts; False where it was stopped."""
+        if self.stop():
+            return False
         record = self._new_record(number)
         for attempt in range(1, MOST_ATTEMPTS + 1):
             if not self._train(record, attempt):
@@ -145,7 +170,6 @@ class _Run:
             with record.clock("aggregate"):
                 outcome = self.strategy.finish_round()
             if outcome is not None:
-                record.failures = {each.client: each.reason for each in outcome.failures}
                 self._hand_out(record)
                 return True
         raise FastAggError(
@@ -154,7 +178,8 @@ class _Run:
         )
 
     def _train(self, record: RoundRecord, attempt: int) -> bool:
-        """The round's clients train, and the strategy has their updates; False where it was stopped."""
+        """The round's clients train, and the strategy has their updates; False where it was stopped with
+        clients still to come."""
         number = record.round
         chosen = self._participants(number, attempt)
         self.strategy.start_round(chosen)
@@ -163,9 +188,10 @@ class _Run:
         for client in record.clients.values():
             client.outcome, client.bytes_up = None, 0
         wanted = self.config.federation
-        jobs = [
-            Job(self.strategy.name, name, number, self.folder.path, wanted.timeout) for name in chosen
-        ]
+        # A client's time is no measure for the one that does the work of all.
+        timeout = 0.0 if self.strategy.name == CENTRALIZED else wanted.timeout
+        jobs = [Job(self.strategy.name, name, number, self.folder.path, timeout) for name in chosen]
+        left = len(jobs)
         results = self.train(jobs, lambda client, step: self._stepped(number, client, step))
         try:
             while True:
@@ -174,7 +200,8 @@ class _Run:
                 if trained is None:
                     return True
                 self._receive(record, trained)
-                if self.stop():
+                left -= 1
+                if left and self.stop():
                     return False
         finally:
             results.close()
@@ -195,6 +222,8 @@ class _Run:
         if failure is None:
             own = record.clients[trained.client]
             own.outcome, own.bytes_up = trained.outcome, self.strategy.bytes_up(trained)
+        else:
+            record.failures[trained.client] = failure
         loss = trained.outcome.loss if trained.outcome else None
         self.observer(ClientFinished(record.round, trained.client, loss, failure))
 
@@ -213,7 +242,7 @@ class _Run:
         self._complete(record)
         if self.config.output.keep == "last":
             self.folder.forget_updates(number)
-            self.folder.forget_handouts(number - 1)
+            self.folder.forget_state(number - 1)
 
     def _write_weights(self, record: RoundRecord) -> None:
         """What `fastagg aggregate --weights` takes beside the round's updates."""

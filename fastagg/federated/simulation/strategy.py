@@ -55,4 +55,4 @@ class Strategy(Protocol):
         """Of what a client sent."""
 
     def bytes_down(self, client: str) -> int:
-        """Of what a client is handed next."""
+        """Of what a client is handed for the round that begins, or comes next."""

@@ -30,6 +30,9 @@ __all__ = ["Train", "trainers"]
 
 Train = Callable[[Sequence[Job], OnStep], Generator[Trained, None, None]]
 
+Answer = Trained | Step | FastAggError | None
+"""What a worker says: None as a client begins, the model being there, then its steps, then the end."""
+
 # A client that is late says so at its next step. One that takes no steps any more is ended with its
 # process, after this many seconds beyond its time.
 GRACE = 30.0
@@ -83,9 +86,9 @@ def _answers(busy: Sequence[_Worker], on_step: OnStep) -> Iterator[Trained]:
             answer = worker.answer()
             if isinstance(answer, Trained):
                 yield answer
-            elif isinstance(answer, BaseException):
+            elif isinstance(answer, FastAggError):
                 raise answer
-            elif worker.job is not None:
+            elif isinstance(answer, Step) and worker.job is not None:
                 on_step(worker.job.client, answer)
         elif worker.patience() == 0:
             yield worker.give_up("took no step any more, and its process was ended")
@@ -104,21 +107,22 @@ class _Worker:
         self.job: Job | None = None
 
     def give(self, job: Job) -> None:
-        if self._process is None:
+        if self._process is None or not self._process.is_alive():
+            self.end()
             self._begin()
         self.job = job
         self._deadline = None  # loading the model is not the client's time
         with suppress(ConnectionError):  # its answer tells that it is gone
             self.connection.send(job)
 
-    def answer(self) -> Trained | Step | BaseException:
+    def answer(self) -> Answer:
         """What it says. A process that is gone, killed perhaps, has failed its client alone."""
         try:
-            answer: Trained | Step | BaseException = self.connection.recv()
-        except (EOFError, ConnectionError):
+            answer: Answer = self.connection.recv()
+        except (EOFError, OSError):  # also in the middle of a message
             self._process.join()
             return self.give_up(f"its process ended with exit code {self._process.exitcode}")
-        if not isinstance(answer, Step):
+        if isinstance(answer, (Trained, FastAggError)):
             self.job = None
         elif self.job is not None and self.job.timeout:
             self._deadline = time.monotonic() + self.job.timeout + GRACE
@@ -169,6 +173,12 @@ def _serve(connection: Connection, config: RunConfig, prepared: Prepared, thread
                 if method != job.method:
                     cohort.restart()
                 method = job.method
-                connection.send(perform(job, cohort, lambda client, step: connection.send(step)))
+                connection.send(None)
+                answer: Answer = perform(job, cohort, lambda client, step: connection.send(step))
             except FastAggError as error:
-                connection.send(error)
+                answer = error
+            except (EOFError, ConnectionError):  # nobody listens any more
+                raise
+            except Exception as error:
+                answer = FastAggError(f"a worker failed: {type(error).__name__}: {error}")
+            connection.send(answer)
