@@ -15,7 +15,7 @@ _DEVICE = {"device": "cpu"}
 # FLoRA's ten clients. Their ranks sum to 160, below the model's width of 192, so that dW has room to be
 # of a higher rank than any client's adapter.
 FULL: dict[str, Any] = {
-    "model": _DEVICE,
+    "model": {**_DEVICE, "embedded": {"steps": 200}},
     "data": {"clients": 10, "length": 160},
     "ranks": {"scheme": "flora"},
     "training": {"epochs": 0, "steps": 6, "batch": 8, "learning_rate": 3e-3},

@@ -139,8 +139,9 @@ class AdapterStrategy:
 
     def measured(self, run: RunFolder, round: int) -> Mapping[str, Distance | None]:
         """See :class:`Strategy`."""
-        wanted = self._cohort.config.evaluation
-        compared = self._updates[: wanted.similarity]
+        wanted, updates = self._cohort.config.evaluation, self._updates
+        self._updates = []  # what is mapped keeps its place on the disk, also when it is removed
+        compared = updates[: wanted.similarity]
         if compared:
             names = [update.client_id for update in compared]
             table = {"clients": names, "cosine": evaluation.similarity(compared)}
@@ -149,7 +150,7 @@ class AdapterStrategy:
             return {}
         handed = {client.name: self._handed(client.name) for client in self.trained}
         # Whatever the method makes of them, what it approximates is the exact sum of the updates.
-        exact = aggregate(self._updates, "flexlora")
+        exact = aggregate(updates, "flexlora")
 
         def held(module: str) -> evaluation.Delta:
             if not self._server.optimiser.dense:
