@@ -22,7 +22,7 @@ from pydantic import (
 
 from fastagg.byte_sizes import parse_bytes
 from fastagg.errors import InvalidInput
-from fastagg.federated.clients.ranks import FEED_FORWARD, ClientRanks, Distribution
+from fastagg.federated.clients.ranks import FEED_FORWARD, FLEXLORA_TYPES, ClientRanks, Distribution
 from fastagg.federated.data.prompt import TEMPLATES, PromptTemplate
 from fastagg.methods import names
 
@@ -208,11 +208,9 @@ class RanksSection(Section):
     types: Annotated[
         tuple[RankType, ...], BeforeValidator(_items), Field(min_length=4, max_length=4)
     ] = Field(
-        (
-            RankType(rank=8),
-            RankType(rank=30),
-            RankType(rank=30, feed_forward=200),
-            RankType(rank=200),
+        tuple(
+            RankType(rank=each.rank, feed_forward=each.pattern.get(FEED_FORWARD, 0))
+            for each in FLEXLORA_TYPES
         ),
         description="The four types that FlexLoRA's distributions are over, the smallest first.",
     )
