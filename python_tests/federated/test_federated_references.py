@@ -20,6 +20,7 @@ from fastagg.federated.clients.client import Client
 from fastagg.federated.clients.token_loss import loss_on
 from fastagg.federated.clients.training import fit
 from fastagg.federated.messages import ClientFailure
+from fastagg.federated.report.compare import compare
 from fastagg.federated.seeds import seed_of
 from fastagg.federated.server.server import TooFewUpdates
 from fastagg.federated.simulation.cohort import Cohort
@@ -141,6 +142,8 @@ def test_centralized_is_one_client_with_all_examples(settings: dict[str, Any], t
     assert [line["participated"] for line in found[1:]] == [False, False, False, True]
     assert found[4]["client"] == ".pooled" and found[4]["train_loss"] == outcome.loss
     assert found[0]["bytes_up"] == found[0]["bytes_down"] == 0
+    (summary,) = compare([run / "centralized"]).summaries
+    assert summary.clients == 3
 
 
 def test_centralized_has_neither_an_optimiser_nor_a_time_limit_of_the_servers(

@@ -56,7 +56,9 @@ def summarise(run: RecordedRun) -> RunSummary:
         run=run.label,
         method=run.method,
         rounds=max((row.round for row in run.rounds), default=0),
-        clients=len(run.client_names) or max((row.participants for row in run.rounds), default=0),
+        # A name with a dot is nobody's: the reference's that has the examples of all.
+        clients=sum(not name.startswith(".") for name in run.client_names)
+        or max((row.participants for row in run.rounds), default=0),
         first_loss=losses[0] if losses else None,
         loss=losses[-1] if losses else None,
         best_loss=min((loss for loss in losses if math.isfinite(loss)), default=None),
