@@ -28,13 +28,22 @@ void load_panel(const Slab& slab, int64_t module, int64_t row, int64_t row_count
          scale ? static_cast<T>(scale[row + i]) : T(1), panel + i * col_count);
 }
 
-// Columns [col, col + count) of slab^T x: out (count, l) with x (rows, l).
+// Columns [col, col + count) of slab^T x: out (count, l) with x (rows, l), summed over panels: BLAS
+// splits longer sums by the number of threads that it might have used, also where it uses one.
 template <class T>
 void expand_panel(const Slab& slab, int64_t module, const double* scale, const Matrix<T>& x,
                   int64_t col, int64_t count, const Matrix<T>& out) {
-  Workspace<T> panel(slab.rows * count);
-  load_panel(slab, module, 0, slab.rows, col, count, scale, panel.get());
-  multiply(row_major(panel.get(), slab.rows, count).transposed(), x, out);
+  Workspace<T> panel(std::min(kPanel, slab.rows) * count);
+  for (int64_t row = 0; row < slab.rows; row += kPanel) {
+    const int64_t height = std::min(kPanel, slab.rows - row);
+    load_panel(slab, module, row, height, col, count, scale, panel.get());
+    const Matrix<T> part{x.data + row * x.row_stride, height, x.cols, x.row_stride, x.col_stride};
+    const Matrix<T> columns = row_major(panel.get(), height, count).transposed();
+    if (row == 0)
+      multiply(columns, part, out);
+    else
+      multiply_add(columns, part, out);
+  }
 }
 
 // Rows [row, row + count) of slab x: out (count, l) with x (cols, l), summed over panels.
