@@ -18,7 +18,7 @@ FULL: dict[str, Any] = {
     "model": {**_DEVICE, "embedded": {"steps": 200}},
     "data": {"clients": 10, "length": 160},
     "ranks": {"scheme": "flora"},
-    "training": {"epochs": 0, "steps": 6, "batch": 8, "learning_rate": 3e-3},
+    "training": {"epochs": 0, "steps": 4, "batch": 8, "learning_rate": 3e-3},
 }
 
 _SMALL = {"hidden": 48, "feed_forward": 64, "layers": 2, "heads": 4}
