@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -44,3 +45,10 @@ def test_imports_go_one_way() -> None:
     named = {path.name.removesuffix(".py") for path in (ROOT / "fastagg").glob("[a-z]*")}
     packages = {name for name in named if (ROOT / "fastagg" / name).is_dir()}
     assert packages - {"__pycache__"} <= rows.keys()
+
+
+def test_what_packages_promise_is_there() -> None:
+    """Their names are loaded when they are used: a wrong home would be found by a user."""
+    for package in ("fastagg", "fastagg.federated"):
+        module = importlib.import_module(package)
+        assert all(hasattr(module, name) for name in module.__all__)

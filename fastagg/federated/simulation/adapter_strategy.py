@@ -15,7 +15,7 @@ from fastagg.adapter import Adapter
 from fastagg.errors import InvalidInput
 from fastagg.federated.clients.client import Client
 from fastagg.federated.seeds import seed_of
-from fastagg.federated.server.server import RoundOutcome, Server
+from fastagg.federated.server.server import Server
 from fastagg.federated.server.server_optimisers import (
     FedAdam,
     FedAvg,
@@ -103,10 +103,9 @@ class AdapterStrategy:
         self._updates.append(update)
         return None
 
-    def finish_round(self) -> RoundOutcome | None:
+    def finish_round(self) -> bool:
         """See :class:`Strategy`."""
-        outcome = self._server.finish_round()
-        return outcome if outcome.aggregate is not None else None
+        return self._server.finish_round().aggregate is not None
 
     def write(self, run: RunFolder, round: int) -> None:
         """See :class:`Strategy`."""

@@ -204,8 +204,8 @@ def _of_matrix(
 def similarity(updates: Sequence[ClientUpdate]) -> list[list[float]]:
     """The cosines between clients' s B A, over all modules together; 0 against an update of zero.
 
-    One module at a time: its clients' factors twice in float32, and Gram matrices of R x R float64,
-    for R the sum of their ranks there.
+    One module at a time: in memory are its clients' factors, twice in float32, and what
+    ``ops.update_gram`` takes for them.
     """
     clients = len(updates)
     gram = torch.zeros(clients, clients, dtype=torch.float64)

@@ -100,15 +100,15 @@ class FullWeights:
                 raise InvalidInput("the weight is not finite", client=client, field=name)
         return weights
 
-    def finish_round(self) -> RoundOutcome | None:
+    def finish_round(self) -> bool:
         """See :class:`Strategy`."""
-        outcome = RoundOutcome(
-            self._round, self._attempt, None, tuple(sorted(self._heard)), tuple(self._failures), 0.0
-        )
-        if len(self._heard) < self._federation.min_clients:
+        needed = self._federation.min_clients
+        if len(self._heard) < needed:
             if self._federation.on_too_few == "end":
-                raise TooFewUpdates(outcome, self._federation.min_clients)
-            return None
+                heard, failures = tuple(sorted(self._heard)), tuple(self._failures)
+                outcome = RoundOutcome(self._round, self._attempt, None, heard, failures, 0.0)
+                raise TooFewUpdates(outcome, needed)
+            return False
         before = self._cohort.model.weights()
         moments = {}
         for name, summed in self._sum.items():
@@ -118,7 +118,7 @@ class FullWeights:
         self._moments = moments
         self._sum = {}
         self._round, self._attempt = self._round + 1, 0
-        return outcome
+        return True
 
     def write(self, run: RunFolder, round: int) -> None:
         """See :class:`Strategy`."""

@@ -92,13 +92,13 @@ def handout(job: Job, run: RunFolder) -> Handout:
 def bring_to_round(model: LocalModel, run: RunFolder, round: int) -> None:
     """Makes the base weights what they are as a round begins, by all that was merged until then, or by
     the weights that the last round left. Where neither is, clients continue and the base stays."""
-    if round > 1 and run.weights(round - 1).exists():
-        if model.round != round:
-            model.set_weights(load_file(run.weights(round - 1)))
-            model.round = round
+    if model.round == round:
         return
-    for done in range(model.round, round):
-        if run.merged(done).exists():
+    if run.weights(round - 1).exists():
+        model.set_weights(load_file(run.weights(round - 1)))
+        model.round = round
+    elif run.merged(round - 1).exists():
+        for done in range(model.round, round):
             model.merge_for(done + 1, Adapter.load(run.merged(done)))
 
 

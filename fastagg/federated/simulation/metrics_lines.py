@@ -41,7 +41,7 @@ class Clock:
 class ClientRecord:
     """What is known of a client in a round.
 
-    rank: of its adapter where all modules agree, else the largest; None without an adapter.
+    rank: of its adapter, but for modules that have one of their own; None without an adapter.
     """
 
     name: str

@@ -212,6 +212,7 @@ def _write_base(config: RunConfig, folder: Path, on_step: OnStep) -> None:
     if note.is_file() and json.loads(note.read_text("utf-8")) == made_from:
         return
     taken = itertools.count(1)
+    # On the CPU wherever clients train: a folder's base does not depend on who made it.
     model = LocalModel.embedded(
         Shape(own.hidden, own.feed_forward, own.layers, own.heads),
         Training(own.steps, own.batch, own.learning_rate) if own.steps else None,

@@ -55,7 +55,8 @@ def simulate(
     Args:
         resume: go on with what is in the folders; without, they have to be empty or not there.
         observer: is told what happens.
-        stop: asked after each client; once true, the round in progress is given up.
+        stop: asked before and after each client, and as the embedded model is trained. Once true, the
+            round in progress is given up, unless all of its clients have trained.
 
     Returns:
         Whether all rounds are complete: False where ``stop`` ended it.
@@ -168,8 +169,8 @@ class _Run:
             if not self._train(record, attempt):
                 return False
             with record.clock("aggregate"):
-                outcome = self.strategy.finish_round()
-            if outcome is not None:
+                counts = self.strategy.finish_round()
+            if counts:
                 self._hand_out(record)
                 return True
         raise FastAggError(

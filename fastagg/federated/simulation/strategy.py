@@ -9,7 +9,6 @@ from typing import Protocol
 from torch import nn
 
 from fastagg.federated.clients.client import Client
-from fastagg.federated.server.server import RoundOutcome
 from fastagg.federated.simulation.evaluation import Distance
 from fastagg.federated.simulation.job import Trained
 from fastagg.federated.simulation.run_folder import RunFolder
@@ -34,8 +33,8 @@ class Strategy(Protocol):
     def receive(self, trained: Trained) -> str | None:
         """Takes an update in, or a failure; says why where it has no use for the update."""
 
-    def finish_round(self) -> RoundOutcome | None:
-        """Makes of the round's updates what the next one begins with; None where it is to be repeated.
+    def finish_round(self) -> bool:
+        """Makes of the round's updates what the next one begins with; False where it is to be repeated.
 
         Raises:
             TooFewUpdates: where it is not.

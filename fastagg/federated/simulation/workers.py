@@ -61,16 +61,15 @@ def _in_parallel(
 ) -> Generator[Trained, None, None]:
     """Each job to the next worker that is free. If it is left early, busy workers are ended."""
     waiting, done = deque(jobs), dict[str, Trained]()
-    order = iter([job.client for job in jobs])
     try:
-        for client in order:
-            while client not in done:
+        for job in jobs:
+            while job.client not in done:
                 for worker in workers:
                     if waiting and worker.job is None:
                         worker.give(waiting.popleft())
                 for trained in _answers([w for w in workers if w.job is not None], on_step):
                     done[trained.client] = trained
-            yield done.pop(client)
+            yield done.pop(job.client)
     finally:
         for worker in workers:
             if worker.job is not None:
