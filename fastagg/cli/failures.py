@@ -80,7 +80,10 @@ def sentence(error: BaseException) -> str:
         return f"{error.strerror}{where}"
     # Of this package's own parts, those that are missing were not built.
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("fastagg"):
-        return f"{text}; pip install 'fastagg[federated]' brings what simulations and the demo need"
+        return (
+            f"{text}; pip install 'fastagg[federated]' brings what simulations and the demo need, "
+            "'fastagg[bench]' what the benchmarks do"
+        )
     if isinstance(error, ImportError):
         return f"{text}; `fastagg info` tells what is installed and why a library failed to load"
     return (

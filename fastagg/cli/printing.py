@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,19 @@ def progress_bar(*, wanted: bool = True) -> Iterator[Progress]:
             bar.update(task, completed=done, total=total, description=what)
 
         yield show
+
+
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what goes on, while the block runs, where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status("") as status:
+        yield lambda text: status.update(escape(text))
 
 
 def _finite(value: Any) -> Any:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from recorded_folders import client_row, round_row, rows_of, spectra_of, whole_run, write_run
 
 from fastagg.federated.report.loss_plot import loss_figure
-from fastagg.federated.report.plot_style import DARK, LIGHT, plain, png
+from fastagg.plot_style import DARK, LIGHT, plain, png
 from fastagg.federated.report.plots import (
     PLOTS,
     bytes_figure,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastagg.federated.report.loss_plot import loss_figure
-from fastagg.federated.report.plot_style import png
+from fastagg.plot_style import png
 from fastagg.federated.report.recorded_run import RecordedRun, read_runs
 from fastagg.federated.report.run_summary import RunSummary, summarise
 

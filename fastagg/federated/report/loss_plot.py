@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from fastagg.federated.report.plot_style import (
+from fastagg.plot_style import (
     LIGHT,
     LINES,
     MARKERS,

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from fastagg.federated.report.loss_plot import loss_figure
 from fastagg.federated.report.metrics import Seconds
-from fastagg.federated.report.plot_style import (
+from fastagg.plot_style import (
     LIGHT,
     LINES,
     LineStyle,

@@ -1,0 +1,50 @@
+"""Baselines go module by module over lists of tensors, with and without torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from fastagg.bench.contender import Contender, Prepared, Work
+from fastagg.bench.workload import Workload
+
+__all__ = ["baseline", "factor_lists", "first"]
+
+
+def first(results: Sequence[Any]) -> Any:
+    """The first module's result."""
+    return results[0]
+
+
+def factor_lists(workload: Workload) -> list[tuple[Any, ...]]:
+    """Every module's (As, Bs, c)."""
+    return [(module.As, module.Bs, module.c) for module in workload.by_module()]
+
+
+def baseline(
+    name: str,
+    function: Callable[..., Any],
+    work: Callable[[Workload], Work],
+    *,
+    arguments: Callable[[Workload], list[tuple[Any, ...]]] = factor_lists,
+    memory: Callable[[Workload], float] = lambda workload: 0.0,
+) -> Contender:
+    """`function` of each module's arguments; the lists of views are made beforehand."""
+
+    def contender(name: str, make: Callable[[], Callable[..., Any]]) -> Contender:
+        def prepare(workload: Workload) -> Prepared:
+            made, calls = make(), arguments(workload)
+            return Prepared(lambda: [made(*call) for call in calls])
+
+        return Contender(name, "baseline", prepare, work, outcome=first, memory=memory)
+
+    @cache
+    def compiled() -> Callable[..., Any]:
+        torch._dynamo.reset()
+        return torch.compile(function, dynamic=False)
+
+    plain = contender(name, lambda: function)
+    return plain.with_compiled(lambda: contender(f"torch.compile of {name}", compiled))
