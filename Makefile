@@ -1,5 +1,5 @@
 # make demo   two rounds of the loop, and a report       make test   linters, types and all tests
-# make bench  the measurements of the README             make clean  remove what these made
+# make bench  the ops beside their baselines and limits    make clean  remove what these made
 #
 # Each makes a virtual environment under the checkout if there is none, and installs and builds only
 # what changed since. A plain `torch` would bring gigabytes of CUDA: TORCH names the one to install.
@@ -26,7 +26,7 @@ lint: build
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 bench: build
-	$(BIN)/python -m bench.run
+	OMP_WAIT_POLICY=passive $(BIN)/fastagg bench --out bench-out
 
 build: $(VENV)/built
 
@@ -43,4 +43,4 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-out *.egg-info fastagg/*.so
+	rm -rf $(VENV) build dist demo-out bench-out *.egg-info fastagg/*.so

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from bench import federated_handouts, federated_losses, simulate_overhead
-from bench.measure import machine
+from fastagg.bench.machine import describe
 from fastagg.errors import InvalidInput
 from fastagg.federated.data.examples import read_clients
 from fastagg.federated.report.recorded_run import read_runs
@@ -49,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", type=Path, help="write the record here as JSON")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    about = machine()
+    about = {
+        **describe(torch.device("cpu")).model_dump(exclude_none=True),
+        "threads": options.threads,
+    }
     print(", ".join(f"{key} {value}" for key, value in about.items()), end="\n\n", flush=True)
     base = RunConfig.read(options.config, {"data.path": str(options.data)})
     weights = {each.name: len(each.train) for each in read_clients(options.data, seed=0)}

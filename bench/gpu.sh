@@ -81,9 +81,13 @@ else
     wanted sanitize && echo "== compute-sanitizer is not installed: left out"
 fi
 
-for case in stack reconstruct exact randomized hostile; do
-    part "bench-$case" 300 "$python" -m bench.gpu.run --case "$case" --record "$records"
+# A record and its plots for each, in a folder of its own: one that fails leaves the others'.
+for op in stack reconstruct merge svd redistribute round update_gram end-to-end; do
+    part "bench-$op" 400 "$python" -m fastagg bench --device cuda --op "$op" --out "$records/bench-$op" \
+        --case llama7b-all-10 --case llama7b-all-100 --case square-4096 --case tinyllama-qv-10
 done
+part bench-growth 500 "$python" -m fastagg bench --device cuda --quick --out "$records/bench-growth" \
+    --op stack --op reconstruct --op svd --case 'square-*' --case 'ranks-*' --case 'clients-*'
 
 echo "$run parts run; records and logs in $records"
 if ((run == 0)); then

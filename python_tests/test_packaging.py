@@ -52,7 +52,7 @@ def test_sdist_holds_all_that_building_and_testing_need(distributions: Path) -> 
         "csrc/ragged/tables.h",
         "build_cuda/library.py",
         "python_tests/test_packaging.py",
-        "bench/run.py",
+        "bench/gpu.sh",
     ):
         assert needed in names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]

@@ -98,7 +98,7 @@ class Operation:
     error: str
     """What `Accuracy.error` is."""
     contenders: Callable[[Workload], list[Contender]]
-    accuracy: Callable[[Workload, Any], Accuracy]
+    accuracy: Callable[[Workload, Any], Accuracy | None]
     bytes_per_layer: Callable[[Case, int], float]
     """(case, bytes an entry) -> bytes that measuring holds for each layer."""
     peak: Callable[[torch.device, Callable[[], Any]], tuple[int | None, Any]] = peak_bytes

@@ -28,6 +28,8 @@ from fastagg.bench.workload import FactorKind, Workload, draw
 __all__ = ["EFFORTS", "Effort", "Measurement", "measure"]
 
 _RUNS = 2
+_LEAST_TURNS = 3
+_RUNS_OF_A_TURN = 2  # one to size a block, and a block
 
 _Part = Callable[[Workload], Workload]
 
@@ -51,9 +53,9 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(3, 0.005, 0.5, 2.0, 256 << 20, compile=False),
-    "standard": Effort(5, 0.02, 4.0, 60.0, 1 << 30, compile=True),
-    "full": Effort(10, 0.05, 30.0, 600.0, 6 << 30, compile=True),
+    "quick": Effort(3, 0.005, 1.0, 2.0, 256 << 20, compile=False),
+    "standard": Effort(5, 0.02, 12.0, 60.0, 3 << 30, compile=True),
+    "full": Effort(10, 0.05, 60.0, 600.0, 6 << 30, compile=True),
 }
 
 
@@ -198,50 +200,37 @@ class _Examination:
         return None
 
     def _entry(self, contender: Contender, workload: Workload) -> _Entry:
-        one = contender.one_module or not self._fits(contender, workload)
-        part: _Part = _smallest if one else _whole
+        part: _Part = _smallest
         scale, seconds, peak, accuracy = self._first(contender, workload, part)
-        a_turn = self.effort.contender_seconds / (2 * _RUNS * self.effort.turns)
-        if one and not contender.one_module and seconds < a_turn:
-            # More than one module fits: as many layers as a turn has time for.
-            layers = int(workload.layers * a_turn / (seconds * scale))
-            if layers >= workload.layers:
-                part = _whole
-            elif layers >= 1:
-                part = _first_layers(layers)
-            if part is not _smallest:
-                scale, seconds, peak, accuracy = self._first(contender, workload, part)
+        # As many layers as may run three times in each run.
+        allowed = self.effort.contender_seconds / (_RUNS * _LEAST_TURNS * _RUNS_OF_A_TURN)
+        layers = min(workload.layers, int(workload.layers * allowed / (seconds * scale)))
+        if not contender.one_module and layers >= 1 and workload.modules > 1:
+            part = _whole if layers == workload.layers else _first_layers(layers)
+            scale, seconds, peak, accuracy = self._first(contender, workload, part)
         # What takes longer than all turns may is not run again: its first run is the measurement.
         least = 1 if seconds < self.effort.contender_seconds else 0
-        most = int(self.effort.contender_seconds / (2 * _RUNS * seconds))
-        turns = max(least, min(self.effort.turns, most))
-        chosen = part(workload)
+        most = int(self.effort.contender_seconds / (_RUNS * _RUNS_OF_A_TURN * seconds))
         whole = self.case.layers / workload.layers
         return _Entry(
             contender,
             part,
-            chosen.modules,
+            part(workload).modules,
             scale * whole,
             _times(contender.work(workload), whole),
             accuracy,
             peak,
             seconds,
-            turns,
+            max(least, min(self.effort.turns, most)),
         )
-
-    def _fits(self, contender: Contender, workload: Workload) -> bool:
-        """Whether all modules may be tried at once: by the counted work, taken to be done at a tenth of
-        the fastest product's rate."""
-        work = contender.work(workload)
-        seconds = 10 * (work.flops + 2 * work.wide_flops) / self.flops_per_second
-        return seconds < self.effort.contender_seconds
 
     def _first(
         self, contender: Contender, workload: Workload, part: _Part
     ) -> tuple[float, float, int | None, Accuracy | None]:
         """Scale, seconds, peak and accuracy of a first run on a part of the case."""
         chosen = part(workload)
-        scale = contender.work(workload).cost / contender.work(chosen).cost
+        counted = contender.work(chosen).cost  # an import has nothing to count
+        scale = contender.work(workload).cost / counted if counted else 1.0
         prepared = contender.prepare(chosen)
         peak, (seconds, result) = self.operation.peak(
             self.clock.device, lambda: self.clock.once(prepared.run)

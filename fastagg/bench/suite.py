@@ -18,11 +18,13 @@ from fastagg.bench.operations.importing import FRESH_INTERPRETER, IMPORT
 from fastagg.bench.operations.merge import MERGE
 from fastagg.bench.operations.reconstruct import RECONSTRUCT
 from fastagg.bench.operations.redistribute import REDISTRIBUTE
+from fastagg.bench.operations.round import ROUND
 from fastagg.bench.operations.stack import STACK
 from fastagg.bench.operations.svd import SVD
 from fastagg.bench.operations.update_gram import UPDATE_GRAM
 from fastagg.bench.record import LeftOut, Record, Row, Settings
 from fastagg.errors import InvalidInput
+from fastagg.rounds.options import parse_device
 
 __all__ = ["OPERATIONS", "Pair", "pairs", "run"]
 
@@ -34,6 +36,7 @@ OPERATIONS: dict[str, Operation] = {
         MERGE,
         SVD,
         REDISTRIBUTE,
+        ROUND,
         UPDATE_GRAM,
         END_TO_END,
         IMPORT,
@@ -91,8 +94,12 @@ def run(
     say: Callable[[str], None] = lambda text: None,
     done: Callable[[Record, Pair], None] = lambda record, pair: None,
 ) -> Record:
-    """Measures all pairs. `done` gets the record so far after each; in the last it is complete."""
-    device = torch.device(settings.device)
+    """Measures all pairs. `done` gets the record so far after each; in the last it is complete.
+
+    Raises:
+        InvalidInput: the device cannot be used.
+    """
+    device = parse_device(settings.device)
     dtype = getattr(torch, settings.dtype)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads)

@@ -50,7 +50,7 @@ def run(
         typer.Option(
             "--case",
             metavar="NAME",
-            help="A case, or a pattern such as 'square-*'; may be repeated. `fastagg bench cases` lists them.",
+            help="A case, or a pattern such as 'square-*', repeatable; `fastagg bench cases` lists all.",
             show_default=False,
         ),
     ] = None,
@@ -59,8 +59,8 @@ def run(
         typer.Option(
             "--op",
             metavar="NAME",
-            help="stack, reconstruct, merge, svd, redistribute, update_gram, end-to-end or import; may be "
-            "repeated. All by default.",
+            help="stack, reconstruct, merge, svd, redistribute, round, update_gram, end-to-end, import; "
+            "repeatable. All by default.",
             show_default=False,
         ),
     ] = None,
@@ -71,7 +71,9 @@ def run(
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, or cuda:1.")] = "cpu",
     threads: Annotated[
         int | None,
-        typer.Option("--threads", min=1, help="On a CPU; torch's number by default.", show_default=False),
+        typer.Option(
+            "--threads", min=1, help="On a CPU; torch's number by default.", show_default=False
+        ),
     ] = None,
     dtype: Annotated[
         FactorDtype, typer.Option("--dtype", help="Of the clients' factors.")
@@ -80,7 +82,8 @@ def run(
         Factors,
         typer.Option(
             "--factors",
-            help="random: Gaussian, a flat spectrum, the hard case. signal: the clients share a decaying one.",
+            help="random: Gaussian, a flat spectrum, the hard case. signal: the clients share one that "
+            "decays.",
         ),
     ] = Factors.random,
     seed: Annotated[int, typer.Option("--seed", help="Of the factors.")] = 0,

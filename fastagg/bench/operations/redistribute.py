@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ def _contenders(workload: Workload) -> list[Contender]:
         Contender("fastagg redistribute_", "fastagg", _in_place, _work),
         Contender("fastagg redistribute, fresh memory", "fastagg", _fresh, _work),
         *(
-            replace(baseline(name, function, _work, arguments=_arguments), outcome=lambda all: all[0][0])
+            baseline(name, function, _work, arguments=_arguments, outcome=lambda clients: clients[0])
             for name, function in (
                 ("slice and cast by client", slice_by_client),
                 ("cast, slice by rank, copy", slice_by_rank),

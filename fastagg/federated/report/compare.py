@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastagg.federated.report.loss_plot import loss_figure
-from fastagg.plot_style import png
 from fastagg.federated.report.recorded_run import RecordedRun, read_runs
 from fastagg.federated.report.run_summary import RunSummary, summarise
+from fastagg.plot_style import png
 
 # Where a run is written, and which methods ran beside it, is no difference between what they did.
 _NO_DIFFERENCE = ("output.", "federation.methods")

@@ -10,10 +10,10 @@ from pathlib import Path
 from fastagg.federated.report.compare import Comparison, compare
 from fastagg.federated.report.loss_plot import loss_figure
 from fastagg.federated.report.metrics import ClientRow
-from fastagg.plot_style import DARK, LIGHT, Theme, png
 from fastagg.federated.report.plots import PLOTS, Gallery
 from fastagg.federated.report.recorded_run import RecordedRun
 from fastagg.federated.report.run_summary import MISSING, columns_for, last, number
+from fastagg.plot_style import DARK, LIGHT, Theme, png
 from fastagg.whole_file import write_whole
 
 # The policy holds the page to its own content, whatever a client calls itself.

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from fastagg.federated.report.recorded_run import RecordedRun
+from fastagg.federated.report.run_summary import quartiles
 from fastagg.plot_style import (
     LIGHT,
     LINES,
@@ -23,8 +25,6 @@ from fastagg.plot_style import (
     title,
     whole_rounds,
 )
-from fastagg.federated.report.recorded_run import RecordedRun
-from fastagg.federated.report.run_summary import quartiles
 
 # Bands of more runs lie one over another until no colour is left; their bars stand side by side.
 _BANDS = 3

@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from fastagg.federated.report.loss_plot import loss_figure
 from fastagg.federated.report.metrics import Seconds
+from fastagg.federated.report.recorded_run import RecordedRun
 from fastagg.plot_style import (
     LIGHT,
     LINES,
@@ -35,7 +36,6 @@ from fastagg.plot_style import (
     title,
     whole_rounds,
 )
-from fastagg.federated.report.recorded_run import RecordedRun
 
 # Of more rounds than these, bars are too thin to see.
 _BARS = 40
