@@ -115,6 +115,8 @@ def reconstruct_(
 ) -> None:
     """base (L, m, n) += sum_r c_r Bt_r^T A_r in place, in fp32, rounded once; no dW is ever held.
 
+    An entry of the base is one of the terms of its sum: an fp32 one is added to where it lies.
+
     route: as :func:`reconstruct` has it.
     """
     _ops.reconstruct_(base, A, Bt, coefficients, _ROUTES[route])

@@ -81,6 +81,23 @@ def test_sizes_beyond_the_kernel_s_blocks(
     expected = product(A, Bt, c)
     found = ops.reconstruct(A, Bt, c, dtype=dtype)
     check(found, expected, tolerance(A, Bt, c, dtype, expected))
+    base = normal(rng, 2, m, n, dtype=dtype)
+    total = base.double() + expected
+    # A base counts as one term more: BLAS may add it before the others.
+    terms = tolerance(A, Bt, c, dtype, total) + (rows + 2) * 2.0**-24 * base.double().abs()
+    ops.reconstruct_(base, A, Bt, c)
+    check(base, total, terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_rows_leave_a_base_as_it_is(dtype: torch.dtype, rng: torch.Generator) -> None:
+    """NaNs and infinities too, and a tiny value that a product with one might flush."""
+    base = normal(rng, 2, 300, 5, dtype=dtype)
+    base[0, 0, :3] = torch.tensor([torch.nan, torch.inf, torch.finfo(dtype).smallest_normal / 2])
+    before = base.clone()
+    ops.reconstruct_(base, torch.ones(2, 0, 5), torch.ones(2, 0, 300))
+    assert torch.equal(base.view(-1)[1:], before.view(-1)[1:])
+    assert base[0, 0, 0].isnan()
 
 
 def views() -> list[Any]:

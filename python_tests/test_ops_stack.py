@@ -60,6 +60,38 @@ def test_scaled_rows_keep_the_promise_of_their_dtype(
     torch.testing.assert_close(sums, expected, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n"), [(17024, 17024), (17003, 17055)])
+@pytest.mark.parametrize("first", [0, 3])
+def test_slabs_that_are_written_past_the_caches(
+    first: int, m: int, n: int, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    """More than 8 MiB, rows at and off the lines of the memory, ranks of every kind of tile: the bits
+    are those of one thread, and of slabs at any address."""
+    bucket = random_bucket(rng, ranks=[64, 19, 16, 9, 8, 5, 4, 3, 1], modules=1, m=m, n=n, padding=2)
+    A, Bt = (
+        torch.full((first + bucket.rows * size,), torch.nan, dtype=dtype)[first:].view(1, -1, size)
+        for size in (n, m)
+    )
+    scale = torch.tensor([0.3, -1.7, 0.0, 1.0, 2.0, 0.1, 3.0, 5.0, 7.0], dtype=torch.float64)
+    for scales in (None, scale):
+        _, sums = ops.stack_(A, Bt, bucket.flats, bucket.slots, scales)
+        a, bt = bucket.slabs(None if scales is None else scales.tolist())
+        if scales is None:
+            torch.testing.assert_close(A, a.float().to(dtype), rtol=0, atol=0)
+        torch.testing.assert_close(A.double(), a, rtol=ROUNDING[dtype], atol=2.0**-24)
+        torch.testing.assert_close(Bt, bt.float().to(dtype), rtol=0, atol=0)
+        unscaled, _ = bucket.slabs()
+        expected = torch.stack([unscaled.square().sum(2), bt.square().sum(2)])
+        torch.testing.assert_close(sums, expected, rtol=1e-13, atol=0)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        alone = ops.stack(bucket.flats, bucket.slots, scales, dtype=dtype, **bucket.sizes())
+        torch.set_num_threads(threads)
+        assert all(torch.equal(x, y) for x, y in zip((A, Bt), alone[:2], strict=True))
+        assert torch.equal(sums, alone[3])
+
+
 def test_padding_rows_are_zero_in_memory_that_held_something_else(rng: torch.Generator) -> None:
     for _ in range(8):
         dirty = [torch.full((3, 24, 100), float("nan")) for _ in range(4)]

@@ -1,5 +1,7 @@
 #include "convert.h"
 
+#include <algorithm>
+
 #include "vectorize.h"
 
 namespace fastagg::cpu {
@@ -67,7 +69,7 @@ FASTAGG_VECTORIZE void store_half(const float* from, int64_t count, char* to) {
 constexpr int64_t kLanes = 16;
 
 // Sixteen independent sums: the order of additions is fixed, and it is the order of a vector.
-FASTAGG_VECTORIZE double sum_of_squares(const float* data, int64_t count) {
+FASTAGG_VECTORIZE double add_squares(const float* data, int64_t count) {
   double lanes[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes)
@@ -82,7 +84,7 @@ FASTAGG_VECTORIZE double sum_of_squares(const float* data, int64_t count) {
   return total + lanes[0];
 }
 
-FASTAGG_VECTORIZE int64_t count_nonfinite(const float* data, int64_t count) {
+FASTAGG_VECTORIZE int64_t count_special(const float* data, int64_t count) {
   int64_t bad = 0;
   for (int64_t i = 0; i < count; ++i)
     bad += (bits_from_float(data[i]) & 0x7f800000u) == 0x7f800000u;
@@ -129,11 +131,25 @@ void store(const float* from, int64_t count, void* to, DType dtype) {
   }
 }
 
+double sum_of_squares(const float* data, int64_t count) { return add_squares(data, count); }
+
+int64_t count_nonfinite(const void* from, DType dtype, int64_t count) {
+  constexpr int64_t kBlock = 2048;
+  float block[kBlock];
+  int64_t bad = 0;
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int64_t length = std::min(kBlock, count - i);
+    load(at(from, i * element_size(dtype)), dtype, length, 1.0f, block);
+    bad += count_special(block, length);
+  }
+  return bad;
+}
+
 Moments moments(const float* data, int64_t count) {
   // The sum itself tells in all but pathological cases; the exact count is made only when it must.
   Moments result;
-  result.sum_of_squares = sum_of_squares(data, count);
-  if (!(result.sum_of_squares < __builtin_inf())) result.nonfinite = count_nonfinite(data, count);
+  result.sum_of_squares = add_squares(data, count);
+  if (!(result.sum_of_squares < __builtin_inf())) result.nonfinite = count_special(data, count);
   return result;
 }
 

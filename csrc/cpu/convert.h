@@ -13,6 +13,9 @@ void load(const void* from, DType dtype, int64_t count, double scale, double* to
 // to[i] = from[i], rounded to nearest even.
 void store(const float* from, int64_t count, void* to, DType dtype);
 
+double sum_of_squares(const float* data, int64_t count);
+int64_t count_nonfinite(const void* from, DType dtype, int64_t count);
+
 // What a check of a tensor needs to know of `count` of its elements.
 struct Moments {
   int64_t nonfinite = 0;

@@ -1,5 +1,6 @@
-// dW = B diag(c) A, by row blocks: fp32 products and sums, rounded once into the base's dtype, and
-// never more of dW in memory than one block a thread.
+// dW = B diag(c) A, by row blocks. An fp32 base takes the sum where it lies: BLAS adds the product into
+// it, so that memory sees each entry once each way. Any other dtype is widened block by block, added to
+// in fp32 and rounded once; never more of dW is held than one block a thread.
 #include <algorithm>
 
 #include "products.h"
@@ -7,7 +8,11 @@
 namespace fastagg::cpu {
 namespace {
 
-constexpr int64_t kRows = 512;  // rows of dW in one task: BLAS is at its full rate
+// Rows of dW in one task. BLAS packs A anew for each: taller blocks are faster, but one module of 4096
+// rows must keep eight threads busy. Where a block is held, half as many rows are as fast and stay in
+// caches better. Neither number may depend on the threads: the bits would, too.
+constexpr int64_t kRows = 512;
+constexpr int64_t kHeldRows = 256;
 
 }  // namespace
 
@@ -16,7 +21,9 @@ void reconstruct(const Slab& a, const Slab& bt, const double* coefficients, int6
   const int64_t m = bt.cols, n = a.cols, rows = a.rows;
   if (modules == 0 || m == 0 || n == 0) return;
   const int64_t size = element_size(dtype);
-  const int64_t blocks = tiles(m, kRows);
+  const bool in_place = dtype == DType::Float32;
+  const int64_t height = in_place ? kRows : kHeldRows;
+  const int64_t blocks = tiles(m, height);
   // A is widened once a module where it is not fp32 already; c goes to B's side.
   const bool widen = a.dtype != DType::Float32;
   Workspace<float> wide(widen ? modules * rows * n : 0);
@@ -26,32 +33,25 @@ void reconstruct(const Slab& a, const Slab& bt, const double* coefficients, int6
     });
   for_each_task(modules * blocks, [&](int64_t task) {
     const int64_t l = task / blocks;
-    const int64_t first = task % blocks * kRows;
-    const int64_t count = std::min(kRows, m - first);
+    const int64_t first = task % blocks * height;
+    const int64_t count = std::min(height, m - first);
     Workspace<float> left(rows * count);
     load_panel(bt, l, 0, rows, first, count, coefficients ? coefficients + l * rows : nullptr,
                left.get());
     auto* right =
         widen ? wide.get() + l * rows * n : static_cast<float*>(const_cast<void*>(a.row(l, 0)));
     char* target = at(base, (l * m + first) * n * size);
-    const bool direct = replace && dtype == DType::Float32;
-    Workspace<float> product(direct ? 0 : count * n);
-    float* out = direct ? reinterpret_cast<float*>(target) : product.get();
-    if (rows == 0)
-      std::fill_n(out, count * n, 0.0f);
-    else
-      multiply(row_major(left.get(), rows, count).transposed(), row_major(right, rows, n),
-               row_major(out, count, n));
-    if (direct) return;
-    Workspace<float> line(n);
-    for (int64_t i = 0; i < count; ++i) {
-      float* sum = out + i * n;
-      if (!replace) {
-        load(target + i * n * size, dtype, n, 1.0f, line.get());
-        for (int64_t j = 0; j < n; ++j) sum[j] += line[j];
-      }
-      store(sum, n, target + i * n * size, dtype);
-    }
+    Workspace<float> held(in_place ? 0 : count * n);
+    float* sum = in_place ? reinterpret_cast<float*>(target) : held.get();
+    if (!in_place && !replace) load(target, dtype, count * n, 1.0f, sum);
+    const Matrix<float> b = row_major(left.get(), rows, count).transposed();
+    if (rows == 0 && replace)
+      std::fill_n(sum, count * n, 0.0f);
+    else if (replace)
+      multiply(b, row_major(right, rows, n), row_major(sum, count, n));
+    else if (rows > 0)
+      multiply_add(b, row_major(right, rows, n), row_major(sum, count, n));
+    if (!in_place) store(sum, count * n, target, dtype);
   });
 }
 

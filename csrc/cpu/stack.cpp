@@ -3,20 +3,19 @@
 // sums the squares of each row.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "convert.h"
 #include "kernels.h"
 #include "runtime.h"
-#include "transpose.h"
+#include "stack_rows.h"
 
 namespace fastagg::cpu {
 namespace {
 
-constexpr int64_t kBlock = 2048;       // elements of a row handled at a time
-constexpr int64_t kColumns = 64;       // rows of B transposed at a time: at rank 64, 16 KiB
 constexpr int64_t kColumnTask = 2048;  // rows of B in one task
-constexpr int64_t kCached = 8 << 20;   // bytes of a slab that caches may be expected to keep
+constexpr int64_t kCached = 8 << 20;   // bytes of slabs that caches may be expected to keep
 
 struct Task {
   int64_t slot;
@@ -34,74 +33,17 @@ class Stacker {
         scale_(scale),
         out_(out),
         size_(element_size(out.dtype)),
-        stream_(out.modules * out.rows * out.m * size_ > kCached) {}
+        stream_(out.modules * out.rows * (out.m + out.n) * size_ > kCached) {}
 
-  // Rows [begin, end) of A: contiguous in the source and in the slab.
-  int64_t copy_a(const Task& task) const {
-    const StackSlot& slot = slots_[task.slot];
-    const float scale = scale_ ? static_cast<float>(scale_[task.slot]) : 1.0f;
-    int64_t nonfinite = 0;
-    float block[kBlock];
-    for (int64_t row = task.begin; row < task.end; ++row) {
-      const int64_t target = slot.module * out_.rows + slot.row + row;
-      double sum = 0;
-      for (int64_t j = 0; j < out_.n; j += kBlock) {
-        const int64_t length = std::min(kBlock, out_.n - j);
-        const void* from = at(flats_[slot.a_flat],
-                              slot.a_offset + (row * out_.n + j) * element_size(slot.a_dtype));
-        char* to = at(out_.a, (target * out_.n + j) * size_);
-        // An fp32 slab is its own block: the element is converted in place of a copy.
-        float* values = out_.dtype == DType::Float32 ? reinterpret_cast<float*>(to) : block;
-        load(from, slot.a_dtype, length, 1.0f, values);
-        const Moments found = moments(values, length);
-        nonfinite += found.nonfinite;
-        sum += found.sum_of_squares;
-        if (scale_) load(values, DType::Float32, length, scale, values);
-        if (values != block) continue;
-        if (slot.a_dtype == out_.dtype && !scale_)
-          memcpy(to, from, static_cast<size_t>(length * size_));
-        else
-          store(block, length, to, out_.dtype);
-      }
-      out_.sum_of_squares[target] = sum;
-    }
-    return nonfinite;
-  }
-
-  // Rows [begin, end) of B become columns of Bt. Returns whether any value is not finite.
-  bool transpose_b(const Task& task, double* sums) const {
-    const StackSlot& slot = slots_[task.slot];
-    const int64_t first = slot.module * out_.rows + slot.row;
-    const bool direct = out_.dtype == DType::Float32;
-    Workspace<float> rows(kColumns * slot.rank);
-    Workspace<float> columns(direct ? 0 : kColumns * slot.rank);
-    for (int64_t i = task.begin; i < task.end; i += kColumns) {
-      const int64_t length = std::min(kColumns, task.end - i);
-      load(at(flats_[slot.b_flat], slot.b_offset + i * slot.rank * element_size(slot.b_dtype)),
-           slot.b_dtype, length * slot.rank, 1.0f, rows.get());
-      float* to = direct ? static_cast<float*>(out_.bt) + first * out_.m + i : columns.get();
-      transpose(rows.get(), length, slot.rank, to, direct ? out_.m : kColumns, stream_ && direct,
-                sums);
-      for (int64_t j = 0; !direct && j < slot.rank; ++j)
-        store(to + j * kColumns, length, at(out_.bt, ((first + j) * out_.m + i) * size_),
-              out_.dtype);
-    }
-    double total = 0;
-    for (int64_t j = 0; j < slot.rank; ++j) total += sums[j];
-    return !std::isfinite(total);
-  }
-
-  // How many values of the task's rows of B are not finite: counted only where a sum says so.
-  int64_t count_nonfinite_b(const Task& task) const {
-    const StackSlot& slot = slots_[task.slot];
-    int64_t nonfinite = 0;
-    Workspace<float> row(slot.rank);
-    for (int64_t i = task.begin; i < task.end; ++i) {
-      load(at(flats_[slot.b_flat], slot.b_offset + i * slot.rank * element_size(slot.b_dtype)),
-           slot.b_dtype, slot.rank, 1.0f, row.get());
-      nonfinite += moments(row.get(), slot.rank).nonfinite;
-    }
-    return nonfinite;
+  // Moves a task's rows; a task of B leaves its sums of squares in `sums`. Returns how many of their
+  // values are not finite.
+  int64_t operator()(const Task& task, double* sums) const {
+    const double total = task.is_b ? transpose_b(task, sums) : copy_a(task);
+    // A sum of squares in double is finite unless an entry is not: to count is seldom worth a pass.
+    if (std::isfinite(total)) return 0;
+    const Source from = source(task);
+    const int64_t width = task.is_b ? slots_[task.slot].rank : out_.n;
+    return count_nonfinite(from.data, from.dtype, (task.end - task.begin) * width);
   }
 
   // Rows that no client fills are zero.
@@ -116,6 +58,40 @@ class Stacker {
   }
 
  private:
+  // Both factors are contiguous from a task's first row on.
+  Source source(const Task& task) const {
+    const StackSlot& slot = slots_[task.slot];
+    if (task.is_b)
+      return {at(flats_[slot.b_flat],
+                 slot.b_offset + task.begin * slot.rank * element_size(slot.b_dtype)),
+              slot.b_dtype};
+    return {
+        at(flats_[slot.a_flat], slot.a_offset + task.begin * out_.n * element_size(slot.a_dtype)),
+        slot.a_dtype};
+  }
+
+  // Rows of A are rows of the slab.
+  double copy_a(const Task& task) const {
+    const StackSlot& slot = slots_[task.slot];
+    const int64_t first = slot.module * out_.rows + slot.row + task.begin;
+    const int64_t rows = task.end - task.begin;
+    const float scale = scale_ ? static_cast<float>(scale_[task.slot]) : 1.0f;
+    double* sums = out_.sum_of_squares + first;
+    copy_rows(source(task), rows, out_.n, scale_ ? &scale : nullptr,
+              {at(out_.a, first * out_.n * size_), out_.dtype, stream_}, sums);
+    return std::accumulate(sums, sums + rows, 0.0);
+  }
+
+  // Rows of B become columns of Bt.
+  double transpose_b(const Task& task, double* sums) const {
+    const StackSlot& slot = slots_[task.slot];
+    const int64_t first = slot.module * out_.rows + slot.row;
+    transpose_rows(source(task), task.end - task.begin, slot.rank,
+                   {at(out_.bt, (first * out_.m + task.begin) * size_), out_.dtype, stream_},
+                   out_.m, sums);
+    return std::accumulate(sums, sums + slot.rank, 0.0);
+  }
+
   const void* const* flats_;
   const StackSlot* slots_;
   const double* scale_;
@@ -146,11 +122,7 @@ void stack(const void* const* flats, const StackSlot* slots, int64_t count, cons
   std::vector<double> sums(static_cast<size_t>(partials), 0.0);
   std::vector<int64_t> nonfinite(tasks.size(), 0);
   for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t t) {
-    const Task& task = tasks[t];
-    if (!task.is_b)
-      nonfinite[t] = stacker.copy_a(task);
-    else if (stacker.transpose_b(task, sums.data() + task.partial))
-      nonfinite[t] = stacker.count_nonfinite_b(task);
+    nonfinite[t] = stacker(tasks[t], sums.data() + tasks[t].partial);
   });
   for (int64_t row = 0; row < out.modules * out.rows; ++row)
     if (!covered[row]) stacker.clear(row);

@@ -1,6 +1,7 @@
 // The CPU kernels' threads, matrix products and SVD, from torch.
 #include "../cpu/runtime.h"
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -27,28 +28,23 @@ Tensor tensor_of(const Matrix<T>& matrix) {
                                   sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float);
 }
 
+// Products come from the C functions that torch's ahead-of-time compiler calls, of the same stable
+// interface as the dispatcher: its addmm takes Scalars, which a StableIValue does not carry, and these
+// take doubles.
 template <class T>
 void mm(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& out) {
   if (out.rows == 0 || out.cols == 0) return;
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(tensor_of(a)),
-                                    torch::stable::detail::from(tensor_of(b)),
-                                    torch::stable::detail::from(tensor_of(out))};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  // The op returns its out argument: a handle that must be released.
-  torch::stable::detail::to<Tensor>(stack[0]);
+  const Tensor left = tensor_of(a), right = tensor_of(b), product = tensor_of(out);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(product.get(), left.get(), right.get()));
 }
 
-// BLAS cannot add into a view here (addmm takes Scalars, which the stable ABI does not carry), and
-// a product's panel is so much larger than its result that adding it afterwards costs nothing.
+// BLAS adds into `out` itself (beta = 1). A product over nothing adds nothing.
 template <class T>
 void mm_add(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& out) {
-  Workspace<T> product(out.rows * out.cols);
-  mm(a, b, row_major(product.get(), out.rows, out.cols));
-  for (int64_t i = 0; i < out.rows; ++i) {
-    T* row = out.data + i * out.row_stride;
-    const T* added = product.get() + i * out.cols;
-    for (int64_t j = 0; j < out.cols; ++j) row[j] += added[j];
-  }
+  if (out.rows == 0 || out.cols == 0 || a.cols == 0) return;
+  const Tensor left = tensor_of(a), right = tensor_of(b), sum = tensor_of(out);
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(sum.get(), sum.get(), left.get(), right.get(), 1.0, 1.0));
 }
 
 // A result (of one or two dimensions) of the dispatcher, at its own strides, into memory of ours.

@@ -71,9 +71,17 @@ std::vector<double> widened(const Bytes& bytes, DType dtype) {
   return out;
 }
 
+// A value that fp32 holds, rounded once.
+double rounded(double value, DType dtype) {
+  const auto single = static_cast<float>(value);
+  Bytes bytes(element_size(dtype));
+  cpu::store(&single, 1, bytes.data(), dtype);
+  return widened(bytes, dtype)[0];
+}
+
 Bytes stack_and_hand_out() {
   Bytes result;
-  const int64_t m = integer(0, 90), n = integer(0, 90), clients = integer(1, 4);
+  const int64_t m = integer(0, 200), n = integer(0, 90), clients = integer(1, 4);
   const int64_t modules = integer(1, 3);
   std::vector<Values> values;
   std::vector<StackSlot> slots;
@@ -93,8 +101,9 @@ Bytes stack_and_hand_out() {
   rows += integer(0, 3);
   std::vector<const void*> flats;
   for (const Values& value : values) flats.push_back(value.bytes.data());
-  const DType dtype = DType::Float32;
-  Bytes a(modules * rows * n * 4, 77), bt(modules * rows * m * 4, 77);
+  const DType dtype = random_dtype();
+  Bytes a(modules * rows * n * element_size(dtype), 77);
+  Bytes bt(modules * rows * m * element_size(dtype), 77);
   std::vector<int64_t> nonfinite(2 * slots.size(), -1);
   std::vector<double> sums(2 * modules * rows, -1.0);
   cpu::stack(flats.data(), slots.data(), clients, scales.data(),
@@ -107,9 +116,11 @@ Bytes stack_and_hand_out() {
       const int64_t row = slot.module * rows + slot.row + r;
       covered[row] = 1;
       for (int64_t j = 0; j < n; ++j)
-        near(wide_a[row * n + j], scales[k] * values[2 * k].exact[r * n + j], 0, "stacked A");
+        near(wide_a[row * n + j], rounded(scales[k] * values[2 * k].exact[r * n + j], dtype), 0,
+             "stacked A");
       for (int64_t i = 0; i < m; ++i)
-        near(wide_bt[row * m + i], values[2 * k + 1].exact[i * slot.rank + r], 0, "stacked B");
+        near(wide_bt[row * m + i], rounded(values[2 * k + 1].exact[i * slot.rank + r], dtype), 0,
+             "stacked B");
     }
   }
   for (int64_t row = 0; row < modules * rows; ++row)
