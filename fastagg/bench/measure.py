@@ -10,10 +10,11 @@ for a single module is left out, and named.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -164,8 +165,7 @@ class _Examination:
         compilable = [entry for entry in entries if entry.contender.compiled is not None]
         if self.effort.compile and compilable:
             best = min(compilable, key=lambda entry: entry.first_seconds * entry.scale)
-            assert best.contender.compiled is not None
-            self._try(best.contender.compiled(), workload, entries, left_out)
+            self._try(_compiled(best.contender), workload, entries, left_out)
         return entries, left_out
 
     def _try(
@@ -177,13 +177,12 @@ class _Examination:
             try:
                 entries.append(self._entry(contender, workload))
                 return
-            except (ImportError, torch.OutOfMemoryError) as error:
-                reason = " ".join(str(error).split())
-            except Exception as error:
-                # What torch.compile cannot do here (no compiler, an op without a lowering) is not ours.
-                if "torch.compile" not in contender.name:
+            except (ImportError, torch.OutOfMemoryError, _NotCompiled) as error:
+                reason = _one_line(error)
+            except (FloatingPointError, torch.linalg.LinAlgError) as error:
+                if contender.kind == "fastagg":
                     raise
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                reason = _one_line(error)
         left_out.append(
             LeftOut(case=self.case.name, op=self.operation.name, contender=contender.name, reason=reason)
         )
@@ -238,6 +237,8 @@ class _Examination:
         accuracy = None
         if contender.kind != "limit":
             accuracy = self.operation.accuracy(chosen, contender.outcome(result))
+            if accuracy is not None and not math.isfinite(accuracy.error):
+                raise FloatingPointError(f"{contender.name}: what it finds is not finite")
         del result
         prepared.clean()
         if seconds < self.effort.contender_seconds:
@@ -248,6 +249,33 @@ class _Examination:
             del result
             prepared.clean()
         return scale, seconds, peak, accuracy
+
+
+class _NotCompiled(Exception):
+    """What torch.compile cannot do here: no compiler, an op without a lowering."""
+
+
+def _compiled(contender: Contender) -> Contender:
+    """The same through torch.compile, whose work at the first call is done before anything is timed."""
+    assert contender.compiled is not None
+    torch._dynamo.reset()  # past cases' shapes use up the recompilations, and then it runs uncompiled
+    made = contender.compiled()
+
+    def prepare(workload: Workload) -> Prepared:
+        warm = made.prepare(workload)
+        try:
+            with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+                warm.run()
+        except Exception as error:
+            raise _NotCompiled(f"{type(error).__name__}: {_one_line(error)}"[:200]) from error
+        warm.clean()
+        return made.prepare(workload)
+
+    return replace(made, prepare=prepare, outcome=contender.outcome)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _whole(workload: Workload) -> Workload:

@@ -59,10 +59,11 @@ def sampled_peak_bytes(device: torch.device, run: Callable[[], Any]) -> tuple[in
     high-water mark counts, are the page cache's."""
     if device.type == "cuda":
         return peak_bytes(device, run)
-    if not _STATUS.exists():
+    try:
+        _give_back()
+        held = peak = _kilobytes("RssAnon")
+    except OSError:
         return None, run()
-    _give_back()
-    held = peak = _kilobytes("RssAnon")
     done = threading.Event()
 
     def watch() -> None:

@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from recorded_folders import client_row, round_row, rows_of, spectra_of, whole_run, write_run
 
 from fastagg.federated.report.loss_plot import loss_figure
-from fastagg.plot_style import DARK, LIGHT, plain, png
 from fastagg.federated.report.plots import (
     PLOTS,
     bytes_figure,
@@ -31,6 +30,7 @@ from fastagg.federated.report.plots import (
     write_plots,
 )
 from fastagg.federated.report.recorded_run import RecordedRun, read_runs
+from fastagg.plot_style import DARK, LIGHT, plain, png
 
 HOSTILE = {"<script>x</script>": 8, "_hidden": 4, "$a^{$": 2, "a" * 70: 1, "two\nlines": 8}
 

@@ -34,8 +34,6 @@ def baseline(
     def contender(name: str, make: Callable[[], Callable[..., Any]]) -> Contender:
         def prepare(workload: Workload) -> Prepared:
             made, calls = make(), arguments(workload)
-            if made is not function:
-                made(*calls[0])  # compiling is not what is measured
             return Prepared(lambda: [made(*call) for call in calls])
 
         return Contender(

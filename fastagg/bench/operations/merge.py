@@ -79,8 +79,6 @@ def _baseline(name: str, function: Callable[..., None]) -> Contender:
     def with_function(name: str, function: Callable[..., Any]) -> Contender:
         def prepare(workload: Workload) -> Prepared:
             bases = _bases(workload)
-            if name.startswith("torch.compile"):  # compiling is not what is measured
-                function(bases[0][0].clone(), *factor_lists(workload)[0])
             weights = [base[module] for base in bases for module in range(base.shape[0])]
             calls = [(W, *factors) for W, factors in zip(weights, factor_lists(workload), strict=True)]
 
