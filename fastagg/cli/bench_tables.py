@@ -72,7 +72,7 @@ def _table(rows: list[Row]) -> Table:
     own = next((row for row in rows if row.kind == "fastagg"), None)
     for row in rows:
         flops = row.flops + row.wide_flops
-        cells = [
+        cells: list[Text | str] = [
             Text(row.contender + ("*" if row.scaled else "")),
             duration(row.seconds),
             f"{100 * (row.high - row.low) / row.seconds:.0f}%" if row.turns > 1 else "once",

@@ -60,7 +60,7 @@ def in_memory(workload: Workload) -> Callable[[], Outcome]:
 def _captured(workload: Workload) -> Prepared:
     """The same as one CUDA graph: no launch costs the host anything."""
     run = in_memory(workload)
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run()
