@@ -9,18 +9,27 @@ from dataclasses import dataclass
 from fastagg.bench.limits import MEMORY_COPY
 from fastagg.bench.record import Record, Row
 
-__all__ = ["Rates", "is_of_the_machine", "rates"]
+__all__ = ["Rate", "Rates", "is_of_the_machine", "rates"]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one kind of limit reached, in all cases and ops: small shapes are mostly overhead, and what
+    fits into a cache is faster than memory."""
+
+    median: float
+    fastest: float
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Medians over a record's limits; None where it has no such limit."""
+    """None where a record has no such limit."""
 
-    copied: float | None
+    copied: Rate | None
     """Bytes a second of the memory copy, read and written."""
-    product: float | None
+    product: Rate | None
     """Flops a second of the matrix product: float32 on a CPU, the factors' dtype on a GPU."""
-    wide_product: float | None
+    wide_product: Rate | None
     """Flops a second of the float64 product."""
 
 
@@ -28,9 +37,9 @@ def rates(record: Record) -> Rates:
     """The rates of a record's limits."""
     limits = [row for row in record.rows if row.kind == "limit"]
     return Rates(
-        copied=_median(row.bytes / row.seconds for row in limits if row.contender == MEMORY_COPY),
-        product=_median(row.flops / row.seconds for row in limits),
-        wide_product=_median(row.wide_flops / row.seconds for row in limits),
+        copied=_rate(row.bytes / row.seconds for row in limits if row.contender == MEMORY_COPY),
+        product=_rate(row.flops / row.seconds for row in limits),
+        wide_product=_rate(row.wide_flops / row.seconds for row in limits),
     )
 
 
@@ -41,6 +50,6 @@ def is_of_the_machine(row: Row) -> bool:
     return row.kind == "limit" and (row.contender == MEMORY_COPY or computes)
 
 
-def _median(values: Iterable[float]) -> float | None:
+def _rate(values: Iterable[float]) -> Rate | None:
     reached = [value for value in values if value > 0]
-    return statistics.median(reached) if reached else None
+    return Rate(statistics.median(reached), max(reached)) if reached else None
