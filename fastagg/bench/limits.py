@@ -9,7 +9,10 @@ import torch
 from fastagg.bench.contender import Contender, Prepared, Work
 from fastagg.bench.workload import Bucket, Workload
 
-__all__ = ["copy_limit", "product_limit", "product_rate", "wide_product_limit"]
+__all__ = ["MEMORY_COPY", "copy_limit", "product_limit", "product_rate", "wide_product_limit"]
+
+MEMORY_COPY = "memory copy"
+"""How rows of a record name that limit."""
 
 Shape = Callable[[Bucket], tuple[int, int, int]]
 """A bucket -> (i, k, j) of one module's product of (i, k) and (k, j)."""
@@ -24,7 +27,7 @@ def copy_limit(work: Callable[[Workload], Work]) -> Contender:
         target = torch.zeros_like(source)
         return Prepared(lambda: target.copy_(source))
 
-    return Contender("memory copy", "limit", prepare, lambda w: Work(bytes=work(w).bytes))
+    return Contender(MEMORY_COPY, "limit", prepare, lambda w: Work(bytes=work(w).bytes))
 
 
 def product_limit(shape: Shape) -> Contender:

@@ -210,7 +210,7 @@ def compare(
     """
     from fastagg.bench.compare import compare as compared
     from fastagg.bench.record import read_record
-    from fastagg.cli.bench_tables import print_comparison
+    from fastagg.cli.bench_comparison import print_comparison
 
     found = compared(read_record(old), read_record(new))
     if json_output:
