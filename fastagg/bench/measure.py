@@ -177,7 +177,7 @@ class _Examination:
                 return
             except (ImportError, torch.OutOfMemoryError, _NotCompiled) as error:
                 reason = _one_line(error)
-            except (FloatingPointError, torch.linalg.LinAlgError) as error:
+            except (FloatingPointError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
                 if contender.kind == "fastagg":
                     raise
                 reason = _one_line(error)
