@@ -11,12 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastagg.bench.growth import growth
-
 from fastagg.bench.cases import CASES, SERIES
+from fastagg.bench.durations import format_seconds
+from fastagg.bench.growth import growth
 from fastagg.bench.record import Record, Row, read_record
 from fastagg.byte_sizes import format_bytes
-from fastagg.cli.bench_tables import duration
 from fastagg.whole_file import write_whole
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +96,7 @@ def _goals(records: Sequence[Record]) -> str:
         measured = f"{100 * ratio:.0f}%" if percent else f"{ratio:.2f}"
         lines.append((what, aim, measured, f"{100 * noise:.0f}%"))
     importing = _of(records, "fresh-interpreter", "import")[0]
-    seconds, noise = duration(importing.seconds), importing.noise or 0.0
+    seconds, noise = format_seconds(importing.seconds), importing.noise or 0.0
     what = "`import fastagg`, with the interpreter's start"
     lines.append((what, "at most 0.3 s", seconds, f"{100 * noise:.0f}%"))
     return f"What is aimed at, on `{MODEL}`:\n\n{_table(('', 'aim', 'measured', 'noise'), lines)}"
@@ -108,7 +107,7 @@ def _end_to_end(records: Sequence[Record]) -> str:
     lines = [
         (
             _name(row),
-            duration(row.seconds),
+            format_seconds(row.seconds),
             "1" if row is rows[0] else f"{row.seconds / rows[0].seconds:.3g}",
             "" if row.peak_bytes is None else format_bytes(row.peak_bytes),
             _error(row),
@@ -118,8 +117,8 @@ def _end_to_end(records: Sequence[Record]) -> str:
     head = ("", "median", "times slower", "memory", "excess error")
     about = (
         "FlexLoRA from folders to folders, ten clients of ranks 64 to 4, "
-        f"{rows[0].modules} modules of 4096 x 4096\n(the error is that of what the first client is handed, "
-        "in bfloat16; \\* timed on fewer modules\nand scaled by the counted work):"
+        f"{rows[0].modules} modules of 4096 x 4096\n(the error is that of what the first client "
+        "is handed, in bfloat16; \\* timed on fewer modules\nand scaled by the counted work):"
     )
     return f"{about}\n\n{_table(head, lines)}"
 
@@ -165,7 +164,7 @@ def _name(row: Row) -> str:
 
 
 def _seconds(row: Row) -> str:
-    return duration(row.seconds) + ("\\*" if row.scaled else "")
+    return format_seconds(row.seconds) + ("\\*" if row.scaled else "")
 
 
 def _error(row: Row) -> str:

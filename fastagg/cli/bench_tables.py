@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastagg.bench.cases import CASES
+from fastagg.bench.durations import format_seconds
 from fastagg.bench.record import Record, Row
 from fastagg.byte_sizes import format_bytes
 
@@ -74,7 +75,7 @@ def _table(rows: list[Row]) -> Table:
         flops = row.flops + row.wide_flops
         cells: list[Text | str] = [
             Text(row.contender + ("*" if row.scaled else "")),
-            duration(row.seconds),
+            format_seconds(row.seconds),
             f"{100 * (row.high - row.low) / row.seconds:.0f}%" if row.turns > 1 else "once",
             "" if row.noise is None else f"{100 * row.noise:.0f}%",
             _times(row, own),
@@ -89,14 +90,6 @@ def _table(rows: list[Row]) -> Table:
         style = {"fastagg": "bold", "limit": "dim"}.get(row.kind, "")
         table.add_row(*cells, style=style)
     return table
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: "4.81 ms"."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
 
 
 def _times(row: Row, own: Row | None) -> str:
