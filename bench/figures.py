@@ -155,6 +155,8 @@ def _growth(records: Sequence[Record]) -> str:
         )
         cells = ("" if value is None else f"{value:.2f}" for value in values)
         lines.append((f"`{each.series.name}-*`", each.op, *cells))
+    if not lines:
+        return "Growth: in none of these records."
     head = ("series", "op", "time", "time, large half", "memory", "memory, large half")
     return f"Growth, as exponents of the bytes that come in (1 is linear):\n\n{_table(head, lines)}"
 
