@@ -516,7 +516,7 @@ def test_each_case_is_compiled_anew() -> None:
     torch._dynamo.reset()
     counting = Counting()
     effort = Effort(1, 0.0, 1.0, 2.0, 1 << 24, compile=True)
-    for size in range(1, 12):
+    for size in range(1, 10):
         contender = counting.contender(lambda w, size=size: [size])  # type: ignore[misc]
         found = measured(
             operation(contender), effort=effort, clock=CpuClock(CPU, torch.get_num_threads(), 0.0)
