@@ -199,12 +199,13 @@ class _Examination:
         return None
 
     def _entry(self, contender: Contender, workload: Workload) -> _Entry:
-        part: _Part = _smallest
+        # Without counted work there is nothing to scale by.
+        part: _Part = _smallest if contender.work(workload).cost else _whole
         scale, seconds, peak, accuracy = self._first(contender, workload, part)
         # As many layers as may run three times in each run.
         allowed = self.effort.contender_seconds / (_RUNS * _LEAST_TURNS * _RUNS_OF_A_TURN)
         layers = min(workload.layers, int(workload.layers * allowed / (seconds * scale)))
-        if not contender.one_module and layers >= 1 and workload.modules > 1:
+        if part is _smallest and not contender.one_module and layers and workload.modules > 1:
             part = _whole if layers == workload.layers else _first_layers(layers)
             scale, seconds, peak, accuracy = self._first(contender, workload, part)
         # What takes longer than all turns may is not run again: its first run is the measurement.

@@ -74,6 +74,7 @@ def pairs(cases: Sequence[str], operations: Sequence[str], effort: str) -> list[
                 expected=f"one of {', '.join(OPERATIONS)}",
                 got=repr(name),
             )
+    operations = list(dict.fromkeys(operations))
     chosen = select(cases or _DEFAULT_CASES[effort])
     in_series = {case.name for series in SERIES.values() for case in series.cases}
     found = []

@@ -117,12 +117,22 @@ def check_end_to_end(folder: Path, module: Module, workload: Workload, name: str
         assert -1e-7 < excess(2.0 * B.double(), A, dense(each)) < allowed
 
 
+def check_round(found: Any, module: Module, workload: Workload, name: str) -> None:
+    """What the first client is handed, in its own rank and dtype."""
+    A, B = found
+    assert {A.dtype, B.dtype} == {workload.dtype}
+    assert (A.shape, B.shape) == (module.As[0].shape, module.Bs[0].shape)
+    allowed = 0.05 if inexact(name) else 3 * UNIT[workload.dtype] + 1e-5
+    assert -1e-7 < excess(2.0 * B.double(), A, dense(module)) < allowed
+
+
 CHECKS = {
     "stack": check_stack,
     "reconstruct": check_reconstruct,
     "merge": check_merge,
     "svd": check_svd,
     "redistribute": check_redistribute,
+    "round": check_round,
     "update_gram": check_update_gram,
     "end-to-end": check_end_to_end,
 }
@@ -133,6 +143,7 @@ CONTENDERS = {
     "merge": (2, 2),
     "svd": (5, 4),
     "redistribute": (2, 2),
+    "round": (1, 3),
     "update_gram": (1, 3),
     "end-to-end": (1, 3),
 }

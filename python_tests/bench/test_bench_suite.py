@@ -16,7 +16,7 @@ from fastagg.bench.record import Record, Settings, read_record, write_record
 from fastagg.bench.suite import OPERATIONS, Pair, pairs, run
 from fastagg.errors import InvalidInput
 
-OPS = ["stack", "reconstruct", "merge", "svd", "redistribute", "update_gram", "end-to-end"]
+OPS = ["stack", "reconstruct", "merge", "svd", "redistribute", "round", "update_gram", "end-to-end"]
 
 
 @pytest.fixture(autouse=True)

@@ -37,17 +37,28 @@ __all__ = ["END_TO_END"]
 Decompose = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[float], int], tuple[Tensor, Tensor]]
 
 
-def _distinct(bucket: Bucket) -> Bucket:
-    """A client of each set of ranks: all others are handed the same folders."""
-    kinds = sorted(set(bucket.ranks), reverse=True)
-    flats = [bucket.flats[bucket.ranks.index(rank)] for rank in kinds]
-    shares = tuple(bucket.shares[: len(kinds)])
-    return Bucket(bucket.m, bucket.n, tuple(kinds), bucket.names, flats, shares)
+def _distinct(workload: Workload) -> list[Bucket]:
+    """A client of each set of ranks over all modules: all others are handed the same folders."""
+    kinds: dict[tuple[int, ...], int] = {}
+    for client, ranks in enumerate(zip(*(b.ranks for b in workload.buckets), strict=True)):
+        kinds.setdefault(ranks, client)
+    clients = list(kinds.values())
+    return [
+        Bucket(
+            b.m,
+            b.n,
+            tuple(b.ranks[k] for k in clients),
+            b.names,
+            [b.flats[k] for k in clients],
+            tuple(b.shares[k] for k in clients),
+        )
+        for b in workload.buckets
+    ]
 
 
 def _moved(workload: Workload) -> Work:
     """Bytes that are read and written; the limit is measured, not counted."""
-    written = sum(flat.nbytes for b in workload.buckets for flat in _distinct(b).flats)
+    written = sum(flat.nbytes for bucket in _distinct(workload) for flat in bucket.flats)
     return Work(bytes=float(workload.nbytes + written))
 
 
@@ -148,7 +159,7 @@ def _sum_of_parts(workload: Workload) -> Prepared:
     clients = clients_on_disk(workload)
     outputs = _Outputs.beside(workload, "parts")
     slabs = slabs_of(workload)
-    outlets = [outlet_of(_distinct(s.bucket)) for s in slabs]
+    outlets = [outlet_of(bucket) for bucket in _distinct(workload)]
     room = bytearray(max(path.stat().st_size for path in clients.files))
 
     def run() -> None:
