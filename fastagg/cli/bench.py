@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastagg.cli.failures import BAD_INPUT, command
+from fastagg.cli.failures import BAD_INPUT, INTERRUPTED, command, say
 from fastagg.cli.options import Json
 from fastagg.cli.printing import console, print_json, status_line
 
@@ -127,7 +127,10 @@ def run(
     )
     screen = None if json_output else console()
 
+    measured_pairs: list[Pair] = []
+
     def done(record: Record, pair: Pair) -> None:
+        measured_pairs.append(pair)
         if out is not None:
             write_record(out / "record.json", record)
         if screen is not None:
@@ -135,8 +138,14 @@ def run(
                 screen.print(*machine_lines(record), sep="\n", markup=False)
             print_table(record, pair.case.name, pair.operation.name, screen)
 
-    with status_line() as say:
-        record = measured(wanted, settings, say=say, done=done)
+    try:
+        with status_line() as saying:
+            record = measured(wanted, settings, say=saying, done=done)
+    except KeyboardInterrupt:
+        if out is None or not measured_pairs:
+            raise
+        say(f"interrupted; {out / 'record.json'} has what was measured until then")
+        raise typer.Exit(INTERRUPTED) from None
     if json_output:
         print_json(record.model_dump())
     if out is not None:
