@@ -9,6 +9,8 @@ from rich.text import Text
 
 from fastagg.bench.cases import CASES
 from fastagg.bench.durations import format_seconds
+from fastagg.bench.growth import headline
+from fastagg.bench.noise import noise_of, noise_of_pair
 from fastagg.bench.record import Record, Row
 from fastagg.byte_sizes import format_bytes
 
@@ -46,7 +48,7 @@ def print_table(record: Record, case: str, op: str, screen: Console) -> None:
     rows = record.of(case, op)
     if rows:
         screen.print(_title(rows[0]), markup=False, style="bold")
-        screen.print(_table(rows))
+        screen.print(_table(record, rows))
     for left in record.left_out:
         if (left.case, left.op) == (case, op):
             screen.print(f"left out: {left.contender}: {left.reason}", markup=False)
@@ -61,7 +63,7 @@ def _title(row: Row) -> str:
     return f"{row.op}, {row.case}: {row.clients} {clients}, R = {row.rows}, {row.modules} {modules}"
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(record: Record, rows: list[Row]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     rates = ("of limit", "GB/s", "GFLOP/s")
@@ -70,7 +72,7 @@ def _table(rows: list[Row]) -> Table:
     vectors = any(row.orthogonality is not None for row in rows)
     if vectors:
         table.add_column("orth.", justify="right", no_wrap=True)
-    own = next((row for row in rows if row.kind == "fastagg"), None)
+    own = headline(rows)
     for row in rows:
         flops = row.flops + row.wide_flops
         cells: list[Text | str] = [
@@ -78,7 +80,7 @@ def _table(rows: list[Row]) -> Table:
             format_seconds(row.seconds),
             f"{100 * (row.high - row.low) / row.seconds:.0f}%" if row.turns > 1 else "once",
             "" if row.noise is None else f"{100 * row.noise:.0f}%",
-            _times(row, own),
+            _times(record, row, own),
             "" if row.share_of_limit is None else f"{100 * row.share_of_limit:.0f}%",
             f"{row.bytes / row.seconds / 1e9:.3g}" if row.bytes else "",
             f"{flops / row.seconds / 1e9:.3g}" if flops else "",
@@ -92,10 +94,10 @@ def _table(rows: list[Row]) -> Table:
     return table
 
 
-def _times(row: Row, own: Row | None) -> str:
+def _times(record: Record, row: Row, own: Row | None) -> str:
     """How many times slower than FastAgg's first row; within the noise of both it is as fast."""
     if own is None or row is own or row.kind == "limit":
         return ""
     ratio = row.seconds / own.seconds
-    noise = max(row.noise or 0.0, own.noise or 0.0)
+    noise = noise_of_pair(noise_of(row, record), noise_of(own, record))
     return "as fast" if 1 / (1 + noise) <= ratio <= 1 + noise else f"{ratio:.3g}"
