@@ -44,6 +44,10 @@ class Work:
             self.bytes + other.bytes, self.flops + other.flops, self.wide_flops + other.wide_flops
         )
 
+    def times(self, factor: float) -> Work:
+        """So many times the work."""
+        return Work(self.bytes * factor, self.flops * factor, self.wide_flops * factor)
+
     @property
     def cost(self) -> float:
         """A scale on which parts of the same work compare: flops where there are any, else bytes."""

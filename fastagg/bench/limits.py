@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from fastagg.bench.clock import Clock
 from fastagg.bench.contender import Contender, Prepared, Work
 from fastagg.bench.workload import Bucket, Workload
 
@@ -54,17 +55,12 @@ def wide_product_limit(shape: Shape) -> Contender:
     )
 
 
-def product_rate(device: torch.device) -> float:
+def product_rate(clock: Clock) -> float:
     """Flops a second of a float32 product, roughly: to tell beforehand what would take too long."""
     size = 1024
-    x, y = (torch.randn(size, size, device=device) for _ in range(2))
-    best = 0.0
-    for _ in range(3):
-        from fastagg.bench.clock import clock_for
-
-        seconds, _ = clock_for(device, torch.get_num_threads(), 0.0).once(lambda: torch.mm(x, y))
-        best = max(best, 2.0 * size**3 / seconds)
-    return best
+    x, y = (torch.randn(size, size, device=clock.device) for _ in range(2))
+    seconds = (clock.once(lambda: torch.mm(x, y))[0] for _ in range(3))
+    return 2.0 * size**3 / min(seconds)
 
 
 def _flops(workload: Workload, shape: Shape) -> float:

@@ -10,9 +10,10 @@ import torch
 from fastagg.bench.cases import CASES, SERIES, Case, select
 from fastagg.bench.clock import clock_for
 from fastagg.bench.contender import Operation
+from fastagg.bench.examination import EFFORTS
 from fastagg.bench.limits import product_rate
 from fastagg.bench.machine import describe
-from fastagg.bench.measure import EFFORTS, Measurement, measure
+from fastagg.bench.measure import Measurement, measure
 from fastagg.bench.operations.end_to_end import END_TO_END
 from fastagg.bench.operations.importing import FRESH_INTERPRETER, IMPORT
 from fastagg.bench.operations.merge import MERGE
@@ -106,7 +107,7 @@ def run(
         torch.set_num_threads(settings.threads)
     effort = EFFORTS[settings.effort]
     clock = clock_for(device, settings.threads, effort.turn_seconds)
-    rate = product_rate(device)
+    rate = product_rate(clock)
     machine = describe(device)
     rows: list[Row] = []
     left_out: list[LeftOut] = []

@@ -19,7 +19,8 @@ from small_cases import CPU, dense
 from fastagg.bench.cases import Case, Projection
 from fastagg.bench.clock import Clock, CpuClock
 from fastagg.bench.contender import Accuracy, Contender, Kind, Operation, Prepared, Work
-from fastagg.bench.measure import EFFORTS, Effort, Measurement, measure
+from fastagg.bench.examination import EFFORTS, Effort
+from fastagg.bench.measure import Measurement, measure
 from fastagg.bench.record import Row
 from fastagg.bench.workload import Workload
 

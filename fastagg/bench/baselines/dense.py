@@ -28,11 +28,15 @@ def cat_then_product(As: Sequence[Tensor], Bs: Sequence[Tensor], c: Sequence[flo
 
 def merge_client_by_client(
     W: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], c: Sequence[float]
-) -> None:
-    """dW client by client, then W += dW in W's dtype."""
+) -> Tensor:
+    """dW client by client, then W += dW in W's dtype. Returns W."""
     W += dense_accumulate(As, Bs, c).to(W.dtype)
+    return W
 
 
-def merge_product(W: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], c: Sequence[float]) -> None:
-    """The stack, one product, then W += dW in W's dtype."""
+def merge_product(
+    W: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], c: Sequence[float]
+) -> Tensor:
+    """The stack, one product, then W += dW in W's dtype. Returns W."""
     W += cat_then_product(As, Bs, c).to(W.dtype)
+    return W

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,14 +13,11 @@ from fastagg.bench.baselines.dense import merge_client_by_client, merge_product
 from fastagg.bench.cases import Case
 from fastagg.bench.contender import Accuracy, Contender, Operation, Prepared, Work
 from fastagg.bench.limits import copy_limit, product_limit
-from fastagg.bench.operations.by_module import factor_lists
+from fastagg.bench.operations.by_module import baseline, factor_lists
 from fastagg.bench.operations.slabs import slabs_of
 from fastagg.bench.workload import Workload
 
-__all__ = ["MERGE"]
-
-Outcome = tuple[Tensor, Tensor]
-"""The first module's W before its first run and after it."""
+__all__ = ["MERGE", "first_base"]
 
 _CONTENDERS = 6  # each has base weights of its own
 
@@ -34,83 +30,75 @@ def _work(workload: Workload) -> Work:
     return total
 
 
+def first_base(workload: Workload) -> Tensor:
+    """The first module's W before anything is added."""
+    bucket = workload.buckets[0]
+    return _base(torch.empty(bucket.m, bucket.n, dtype=bucket.dtype, device=bucket.device), 0)
+
+
+def _base(W: Tensor, module: int) -> Tensor:
+    """Entries of a Llama's size, of a stream of the module's own: the first alone can be drawn again."""
+    return W.normal_(0.0, 0.02, generator=torch.Generator(W.device).manual_seed(module))
+
+
 def _bases(workload: Workload) -> list[Tensor]:
-    """(L, m, n) of each bucket, of a Llama's size of entries; the first module's row by row."""
+    """(L, m, n) of each bucket."""
     made = []
     for b in workload.buckets:
-        base = torch.empty(b.modules, b.m, b.n, dtype=b.dtype, device=b.device)
-        base.normal_(0.0, 0.02)
-        made.append(base)
+        made.append(torch.empty(b.modules, b.m, b.n, dtype=b.dtype, device=b.device))
+        for module, W in enumerate(made[-1]):
+            _base(W, module)
     return made
-
-
-def _prepared(bases: list[Tensor], add: Callable[[], Any]) -> Prepared:
-    before = bases[0][0].clone()
-
-    def run() -> Outcome:
-        add()
-        return before, bases[0][0]
-
-    return Prepared(run)
 
 
 def _from_clients(workload: Workload) -> Prepared:
     slabs, bases = slabs_of(workload), _bases(workload)
 
-    def add() -> None:
-        for base, bucket in zip(bases, slabs, strict=True):
+    def run() -> list[Tensor]:
+        for W, bucket in zip(bases, slabs, strict=True):
             bucket.fill()
-            ops.reconstruct_(base, bucket.A, bucket.Bt, bucket.c)
+            ops.reconstruct_(W, bucket.A, bucket.Bt, bucket.c)
+        return bases
 
-    return _prepared(bases, add)
+    return Prepared(run)
 
 
 def _from_stack(workload: Workload) -> Prepared:
     slabs, bases = slabs_of(workload), _bases(workload)
 
-    def add() -> None:
-        for base, bucket in zip(bases, slabs, strict=True):
-            ops.reconstruct_(base, bucket.A, bucket.Bt, bucket.c)
+    def run() -> list[Tensor]:
+        for W, bucket in zip(bases, slabs, strict=True):
+            ops.reconstruct_(W, bucket.A, bucket.Bt, bucket.c)
+        return bases
 
-    return _prepared(bases, add)
-
-
-def _baseline(name: str, function: Callable[..., None]) -> Contender:
-    def with_function(name: str, function: Callable[..., Any]) -> Contender:
-        def prepare(workload: Workload) -> Prepared:
-            bases = _bases(workload)
-            weights = [base[module] for base in bases for module in range(base.shape[0])]
-            calls = [(W, *factors) for W, factors in zip(weights, factor_lists(workload), strict=True)]
-
-            def add() -> None:
-                for call in calls:
-                    function(*call)
-
-            return _prepared(bases, add)
-
-        return Contender(name, "baseline", prepare, _work)
-
-    compiled = torch.compile(function, dynamic=False)
-    plain = with_function(name, function)
-    return plain.with_compiled(lambda: with_function(f"torch.compile of {name}", compiled))
+    return Prepared(run)
 
 
-def _accuracy(workload: Workload, outcome: Outcome) -> Accuracy:
-    """Beyond what rounding the exact sum to W's dtype costs."""
-    before, after = outcome
+def _first_of_bucket(bases: list[Tensor]) -> Tensor:
+    return bases[0][0]
+
+
+def _arguments(workload: Workload) -> list[tuple[Any, ...]]:
+    """Every module's (W, As, Bs, c), W its own."""
+    weights = [W for base in _bases(workload) for W in base]
+    return [(W, *lists) for W, lists in zip(weights, factor_lists(workload), strict=True)]
+
+
+def _accuracy(workload: Workload, after: Tensor) -> Accuracy:
+    """Beyond what rounding the exact sum to W's dtype costs; of a first run."""
     A, B = workload.by_module()[0].reference()
     rows = slice(0, min(512, B.shape[0]))
-    exact = before[rows].double() + B[rows] @ A
+    exact = first_base(workload)[rows].double() + B[rows] @ A
     best = relative_error(exact.to(after.dtype), exact)
     return Accuracy(relative_error(after[rows], exact) - best)
 
 
 def _contenders(workload: Workload) -> list[Contender]:
     return [
-        Contender("fastagg stack_, reconstruct_", "fastagg", _from_clients, _work),
-        Contender("fastagg reconstruct_, of the stack", "fastagg", _from_stack, _work),
-        _baseline("dense accumulate, add", merge_client_by_client),
-        _baseline("cat, one product, add", merge_product),
+        Contender("fastagg stack_, reconstruct_", "fastagg", _from_clients, _work, _first_of_bucket),
+        Contender("fastagg reconstruct_, of the stack", "fastagg", _from_stack, _work, _first_of_bucket),
+        baseline("dense accumulate, add", merge_client_by_client, _work, arguments=_arguments),
+        baseline("cat, one product, add", merge_product, _work, arguments=_arguments),
         product_limit(lambda bucket: (bucket.m, bucket.rows, bucket.n)),
         copy_limit(_work),
     ]

@@ -58,11 +58,7 @@ def _by_bucket(workload: Workload, of: Callable[[Bucket, int], Work]) -> Work:
         r = rank_of(workload, bucket)
         ends = (bucket.rows * bucket.dtype.itemsize + 4.0 * r) * (bucket.m + bucket.n)
         work = of(bucket, r) + Work(bytes=ends)
-        total += Work(
-            bucket.modules * work.bytes,
-            bucket.modules * work.flops,
-            bucket.modules * work.wide_flops,
-        )
+        total += work.times(bucket.modules)
     return total
 
 
