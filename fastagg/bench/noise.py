@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from fastagg.bench.record import Record, Row
 
 __all__ = ["LEAST", "UNKNOWN", "noise_of", "noise_of_pair"]
@@ -10,16 +12,16 @@ LEAST = 0.02
 """Two runs that agree to the digit may have done so by chance: no pair has less noise than this."""
 
 UNKNOWN = 0.1
-"""Of a row that was timed in one run only, in a record where nothing of its op was timed in two."""
+"""At least that of a row that was timed in one run only."""
 
 
 def noise_of(row: Row, record: Record) -> float:
-    """A row's own noise; where it has none, the largest of its op's rows: better too wide than a
-    difference that is none."""
+    """A row's own noise; where it has none, the median of its op's rows. Not the largest: one row that
+    another process stalled would hide a difference of fifty times."""
     if row.noise is not None:
         return row.noise
-    others = (other.noise for other in record.rows if other.op == row.op)
-    return max((noise for noise in others if noise is not None), default=UNKNOWN)
+    others = [other.noise for other in record.rows if other.op == row.op and other.noise is not None]
+    return max(UNKNOWN, statistics.median(others)) if others else UNKNOWN
 
 
 def noise_of_pair(one: float, other: float) -> float:

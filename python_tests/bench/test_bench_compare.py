@@ -98,10 +98,16 @@ def test_quartiles_that_overlap_are_no_difference() -> None:
         assert pair(new, old).speed == ("faster" if speed == "slower" else "same")
 
 
-def test_a_row_without_noise_takes_the_largest_of_its_op() -> None:
+def test_a_row_without_noise_takes_the_median_of_its_op() -> None:
+    """One that was stalled, of 52, must not hide all differences."""
     once = tight(1.0, None)
     assert pair(once, tight(1.0, 0.0)).noise == UNKNOWN
-    others = [row("cat", noise=0.3), row("dense", noise=0.4), row("mm", op="merge", noise=0.9)]
+    others = [
+        row("cat", noise=0.3),
+        row("dense", noise=0.4),
+        row("stalled", noise=52.0),
+        row("mm", op="merge", noise=0.9),
+    ]
     (found, *_) = compare(record([once, *others]), record([tight(1.0, 0.0)])).matched
     assert found.noise == 0.4
     assert pair(tight(1.0, 0.0), tight(1.0, 0.0)).noise == LEAST
