@@ -17,7 +17,7 @@ from tiny_models import PROJECTIONS, disturb, gpt2, gpt2_lora, llama, logits, lo
 
 import fastagg
 from fastagg.errors import FastAggError, InvalidInput
-from fastagg.federated.clients.fresh_factors import _normal, _uniform, ranks_of
+from fastagg.federated.clients.fresh_factors import normal, ranks_of, uniform
 from fastagg.federated.clients.llama import Shape, Training
 from fastagg.federated.clients.local_model import LocalModel
 
@@ -360,7 +360,7 @@ def test_a_fresh_embedding_has_b_drawn_and_a_zero() -> None:
     seed=st.integers(0, 2**63 - 1),
 )
 def test_the_first_rows_do_not_depend_on_the_rank(rank: int, more: int, width: int, seed: int) -> None:
-    for draw in (_uniform, _normal):
+    for draw in (uniform, normal):
         few = ranks_of(rank, width, draw, torch.Generator().manual_seed(seed))
         many = ranks_of(rank + more, width, draw, torch.Generator().manual_seed(seed))
         assert few.shape == (rank, width)

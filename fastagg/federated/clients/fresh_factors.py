@@ -57,9 +57,9 @@ def _first_factors(model: PeftModel, seed: int) -> Iterator[tuple[Tensor, Tensor
         for adapter, factor in layer.lora_A.items():
             a = factor.get_parameter("weight")
             b = layer.lora_B[adapter].get_parameter("weight").transpose(0, 1)
-            yield a, b, ranks_of(len(a), a[0].numel(), _uniform, generator).view(a.shape)
+            yield a, b, ranks_of(len(a), a[0].numel(), uniform, generator).view(a.shape)
         for adapter, b in layer.lora_embedding_B.items():
-            fresh = ranks_of(b.shape[1], b.shape[0], _normal, generator)
+            fresh = ranks_of(b.shape[1], b.shape[0], normal, generator)
             yield b.t(), layer.lora_embedding_A[adapter], fresh
 
 
@@ -68,9 +68,11 @@ def ranks_of(rank: int, width: int, draw: Draw, generator: torch.Generator) -> T
     return torch.stack([draw(width, generator) for _ in range(rank)])
 
 
-def _uniform(width: int, generator: torch.Generator) -> Tensor:
+def uniform(width: int, generator: torch.Generator) -> Tensor:
+    """A row of A: +-1/sqrt(width)."""
     return (torch.rand(width, generator=generator) * 2 - 1) / math.sqrt(width)
 
 
-def _normal(width: int, generator: torch.Generator) -> Tensor:
+def normal(width: int, generator: torch.Generator) -> Tensor:
+    """A column of an embedding's B."""
     return torch.randn(width, generator=generator)

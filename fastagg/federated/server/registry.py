@@ -11,7 +11,7 @@ from fastagg.method import Method
 from fastagg.peft_format.config import AdapterConfig
 from fastagg.peft_format.layout import Layout, Slot
 
-__all__ = ["Registry", "check_alike"]
+__all__ = ["Registry", "check_alike", "kind_digest"]
 
 
 class Registry:
@@ -42,7 +42,7 @@ class Registry:
                 )
         if not clients:
             raise InvalidInput("a server needs clients", field="clients", got="none")
-        self.kind_of = {name: _digest(adapter) for name, adapter in sorted(clients.items())}
+        self.kind_of = {name: kind_digest(adapter) for name, adapter in sorted(clients.items())}
         first: dict[str, Adapter] = {}
         for name, kind in self.kind_of.items():
             first.setdefault(kind, clients[name])
@@ -130,7 +130,7 @@ def _whole(adapter: Adapter) -> dict[str, str]:
     return {span.key: "x".join(map(str, span.shape)) for span in adapter.layout.whole}
 
 
-def _digest(adapter: Adapter) -> str:
+def kind_digest(adapter: Adapter) -> str:
     """Equal for adapters that differ in their numbers alone."""
     spans = sorted((span.source, span.shape, str(span.dtype)) for span in adapter.layout.tensors)
     text = f"{adapter.config.canonical}\x1f{spans}"
