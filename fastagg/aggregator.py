@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,8 @@ from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumul
 from fastagg.adapter import Adapter
 from fastagg.aggregation import Aggregate, HandoutOptions
 from fastagg.byte_sizes import parse_bytes
+from fastagg.distributed import group_of
+from fastagg.distributed.share import Share, ShareOfModules
 from fastagg.errors import FastAggError, InvalidInput
 from fastagg.handouts.choices import Settings
 from fastagg.linalg import ROUTES
@@ -25,6 +27,9 @@ from fastagg.report import Stopwatch
 from fastagg.rounds.memory_plan import Accumulator, MemoryPlan
 from fastagg.rounds.options import check_choice, parse_device, parse_dtype, parse_seed
 from fastagg.update import ClientUpdate
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 __all__ = ["Aggregator"]
 
@@ -48,12 +53,18 @@ class Aggregator:
             goes to the current stream; adapters, states and deltas come back on the CPU.
         dtype: of what is handed out; None is each client's own.
         seed: of the randomized decomposition.
+        process_group: of torch.distributed, whose processes share the modules out among them by what
+            they cost: each reads, holds and computes its own alone, and max_memory is each one's. All
+            must make the same calls with the same updates in the same order; what one refuses, all
+            refuse. The bits are those of one process. Where the *clients* are on different machines,
+            see :meth:`combine`.
 
     An Aggregator is not for several threads at once; aggregators of several threads or processes
     are joined by :meth:`merge`.
 
     Raises:
         InvalidInput: an option that does not exist or that the method cannot be run with.
+        RankLost: from any method that has to wait for the other processes: one does not come.
     """
 
     _accumulator: Accumulator
@@ -61,6 +72,7 @@ class Aggregator:
     _peak: PeakMemory
     _plan: MemoryPlan
     _roster: Roster
+    _share: Share
     _watch: Stopwatch
 
     def __init__(
@@ -74,6 +86,7 @@ class Aggregator:
         device: str = "auto",
         dtype: torch.dtype | str | None = None,
         seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.method = methods.get(method)
         self.missing = check_choice("missing", missing, ("renormalise", "zero"))
@@ -84,6 +97,7 @@ class Aggregator:
         self.max_memory = parse_bytes(max_memory)
         self.seed = parse_seed(seed)
         self.method.check_accumulator(self.accumulator)
+        self._group = None if process_group is None else group_of(process_group)
         self._reset()
 
     @property
@@ -112,19 +126,25 @@ class Aggregator:
             MemoryBudgetExceeded: it does not fit into max_memory; the error says what would.
         """
         self._check_usable()
-        update = self._loaded(update)
-        adapter, client = update.adapter, update.client_id
-        with self._watch.stage("validate"):
-            self._roster.check(client, adapter.layout, adapter.config)
-            update.validate()
+        with self._share.agreeing() as same:
+            update = self._loaded(update)
+            adapter, client, weight = update.adapter, update.client_id, update.weight
+            layout = adapter.layout
+            self._roster.check(client, layout, adapter.config)
+            same += [client, weight, layout.digest]
+        self._share.grow([layout])
+        with self._watch.stage("validate"), self._share.agreeing():
+            own = self._share.update(update)
+            own.validate()
             weights = self.method.weights.slot_weights(
-                client, update.weight, adapter.layout, adapter.flat
+                client, weight, own.adapter.layout, own.adapter.flat
             )
-        absent = self.method.weights.absent_weight(update.weight)
-        member = Member(client, update.weight, adapter.layout, adapter.config, weights, absent)
+        weights = self._share.weights(layout, weights)
+        absent = self.method.weights.absent_weight(weight)
+        member = Member(client, weight, layout, adapter.config, weights, absent)
         with self._watch.stage("fold"):
             self._make_room([member])
-            self._changing(self._change_by(member, adapter), [member])
+            self._changing(self._change_by(self._share.member(member), own.adapter), [member])
         self._peak.sample()
 
     def plan_for(self, clients: Iterable[tuple[str, Layout, AdapterConfig]]) -> tuple[str, int]:
@@ -141,7 +161,7 @@ class Aggregator:
             InvalidInput: the clients do not fit together.
             MemoryBudgetExceeded: the round does not fit into max_memory.
         """
-        return self._plan.choose(self._new_roster().with_headers(clients))
+        return self._plan.choose(self._new_share(self._new_roster().with_headers(clients)))
 
     def expect(self, clients: Iterable[tuple[str, Layout, AdapterConfig]]) -> None:
         """Settles the accumulator for a round whose clients are all known, before the first.
@@ -156,13 +176,18 @@ class Aggregator:
                 expected="an aggregator without clients",
                 got=f"{len(self._roster)} clients",
             )
-        roster = self._new_roster().with_headers(clients)
-        kind, _ = self._plan.choose(roster)
+        with self._share.agreeing() as same:
+            known = list(clients)
+            roster = self._new_roster().with_headers(known)
+            same += [(client, layout.digest) for client, layout, _ in known]
+        expected = self._new_share(roster)
+        kind, _ = self._plan.choose(expected)
         self._reset(kind)
+        self._share = expected.emptied(self._roster)
         if isinstance(self._accumulator, MeanAccumulator):
-            sizes = roster.sizes
+            sizes = expected.own.sizes
             self._accumulator.reserve(
-                {module: size.width for module, size in sizes.items()},
+                {module: roster.width(size.m, size.n) for module, size in sizes.items()},
                 {module: (size.m, size.n) for module, size in sizes.items()},
             )
 
@@ -175,6 +200,8 @@ class Aggregator:
             MemoryBudgetExceeded: both together do not fit into max_memory.
         """
         self._check_usable()
+        for each in (self, other):
+            each._share.check_whole("merge")
         other._check_usable()
         other._check_sums()
         self._check_like(other)
@@ -207,10 +234,11 @@ class Aggregator:
             self.missing, self._plan.settings, self.dtype, self.max_memory
         )
         sums = self._accumulator
+        self._share.check_weights(self.missing)
         try:
-            with self._watch.stage("fold"):
-                source = sums.finish(self._roster, self.missing)
-            result = Aggregate(source, self._roster, self.method, options, self._watch, self._peak)
+            with self._watch.stage("fold"), self._share.agreeing():
+                source = sums.finish(self._share.own, self.missing)
+            result = Aggregate(source, self._share, self.method, options, self._watch, self._peak)
         except BaseException as error:
             if isinstance(sums, DenseAccumulator) and sums.divided:
                 self._interrupted = type(error).__name__
@@ -227,6 +255,7 @@ class Aggregator:
         from fastagg.rounds.state import dump
 
         self._check_usable()
+        self._share.check_whole("state_dict")
         self._check_sums()
         return dump(self.method.name, self.missing, self._roster, self._accumulator)
 
@@ -240,6 +269,7 @@ class Aggregator:
         """
         from fastagg.rounds.state import load
 
+        self._share.check_whole("load_state_dict")
         roster = self._new_roster()
         accumulator = load(
             state,
@@ -266,12 +296,16 @@ class Aggregator:
             self.method, settings, self.max_memory, self.accumulator, settled
         )
         self._roster, self._accumulator = contents or (self._new_roster(), self._empty())
+        self._share = self._new_share(self._roster)
         self._watch = Stopwatch()
         self._peak = PeakMemory(self.device)
         self._interrupted = None
 
     def _new_roster(self) -> Roster:
         return Roster(equal_ranks=self.method.equal_ranks, method=self.method.name)
+
+    def _new_share(self, roster: Roster) -> Share:
+        return Share(roster) if self._group is None else ShareOfModules(self._group, roster)
 
     def _empty(self) -> Accumulator:
         if self._plan.first == "means":
@@ -285,9 +319,9 @@ class Aggregator:
 
     def _make_room(self, members: Sequence[Member], joined: Accumulator | None = None) -> None:
         layouts = [member.layout for member in members]
-        if self._plan.turns_dense(self._roster, self._accumulator, layouts, joined):
+        if self._plan.turns_dense(self._share, self._accumulator, layouts, joined):
             assert isinstance(self._accumulator, StackAccumulator)
-            held = self._roster.sorted()
+            held = self._share.own.sorted()
             dense = self._empty_dense()
             dense.add(held, [self._accumulator.flats[member.client] for member in held])
             self._accumulator = dense
@@ -330,10 +364,12 @@ class Aggregator:
         """
         admitting = False
         try:
-            change()
+            with self._share.agreeing():
+                change()
             admitting = True
             for member in members:
                 self._roster.admit(member)
+                self._share.admit(member)
         except BaseException as error:
             if admitting or not isinstance(self._accumulator, StackAccumulator):
                 self._interrupted = type(error).__name__

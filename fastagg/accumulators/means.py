@@ -120,6 +120,9 @@ class MeanAccumulator:
         """
         check_totals(self.totals)
         self.blocks.check_finite()
+        # As many rows as one block of all modules of that shape, whichever came together.
+        for bucket, sums in zip(self.blocks.buckets, self.blocks.sums, strict=True):
+            sums.grow(roster.width(bucket.m, bucket.n))
         return MeanSource(self.blocks, self.totals, self.whole.finish(), self.device)
 
     def _add(self, member: Member, flat: torch.Tensor) -> None:

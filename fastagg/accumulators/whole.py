@@ -16,7 +16,7 @@ from fastagg.errors import InvalidInput
 from fastagg.peft_format.layout import TensorSpan
 from fastagg.planning.roster import Member
 
-__all__ = ["HeldWhole", "SummedWhole", "WholeSums"]
+__all__ = ["HeldWhole", "SummedWhole", "WholeSums", "check_total"]
 
 # Elements averaged at a time; also the largest tensor whose running sum is kept in float64.
 BLOCK = 1 << 20
@@ -41,7 +41,7 @@ class HeldWhole:
             for span in member.layout.whole:
                 self._holders.setdefault(span.key, []).append((member, span))
         for key, holders in self._holders.items():
-            _check_total(key, sum(member.weight for member, _ in holders))
+            check_total(key, sum(member.weight for member, _ in holders))
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ class WholeSums:
             InvalidInput: a tensor whose clients all have the weight 0.
         """
         for key, total in self.totals.items():
-            _check_total(key, total)
+            check_total(key, total)
         return SummedWhole(self)
 
     def _rescale(self, factor: float) -> None:
@@ -156,7 +156,12 @@ def _dtype_for(count: int) -> torch.dtype:
     return torch.float64 if count <= BLOCK else torch.float32
 
 
-def _check_total(key: str, total: float) -> None:
+def check_total(key: str, total: float) -> None:
+    """Refuses a whole tensor that the weights leave without an average.
+
+    Raises:
+        InvalidInput: no client of weight above zero has it.
+    """
     if not total > 0:
         raise InvalidInput(
             "every client that has this tensor has the weight 0",

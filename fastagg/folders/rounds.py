@@ -109,7 +109,8 @@ def aggregate_folders(
         force: replace `out` where it exists.
         progress: called with how much is done, of how much, and the client or module at hand.
         options: those of :class:`fastagg.Aggregator`: max_memory, missing, accumulator, route,
-            device, dtype, seed.
+            device, dtype, seed, process_group. With the last, all processes make the same call and share
+            the modules; the first writes what is no tensor.
 
     Raises:
         InvalidInput: anything that cannot be aggregated, or `out` exists.
