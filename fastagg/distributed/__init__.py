@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
 
     from fastagg.distributed.group import Group
 
-__all__ = ["group_of"]
+__all__ = ["agreeing", "group_of"]
 
 
 def group_of(process_group: dist.ProcessGroup) -> Group:
@@ -18,7 +19,12 @@ def group_of(process_group: dist.ProcessGroup) -> Group:
     Raises:
         InvalidInput: it is none that this process is in.
     """
-    # torch.distributed costs a second that only those who use it shall pay.
+    # torch.distributed takes its time to be imported, and most never need it.
     from fastagg.distributed.group import Group
 
     return Group.of(process_group)
+
+
+def agreeing(process_group: dist.ProcessGroup | None) -> AbstractContextManager[list[object]]:
+    """A block that all processes pass, or in which all raise the same error; see ``Group.agreeing``."""
+    return nullcontext([]) if process_group is None else group_of(process_group).agreeing()

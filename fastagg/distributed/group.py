@@ -118,11 +118,13 @@ class Group:
 
     def most(self, values: Sequence[int]) -> list[int]:
         """The largest of each number."""
-        return self._reduced(torch.tensor(values), dist.ReduceOp.MAX).tolist()  # type: ignore[no-any-return]
+        return self._reduced(torch.tensor(values), dist.ReduceOp.MAX).tolist()
 
     def add_up(self, tensor: torch.Tensor) -> None:
         """Replaces a contiguous tensor by the sum of all ranks', in place."""
-        for part in tensor.view(-1).split(max(1, _AT_ONCE // tensor.itemsize)):
+        flat, step = tensor.view(-1), max(1, _AT_ONCE // tensor.itemsize)
+        for begin in range(0, flat.numel(), step):
+            part = flat[begin : begin + step]
             part.copy_(self._reduced(part, dist.ReduceOp.SUM))
 
     def complete(self, tensor: torch.Tensor) -> None:
@@ -145,7 +147,7 @@ class Group:
         self._run(
             lambda: dist.all_to_all_single(incoming, outgoing, list(lengths), sizes, group=self._pg)
         )
-        return list(incoming.to(sent[0].device).split(list(lengths)))
+        return list(torch.split(incoming.to(sent[0].device), list(lengths)))
 
     def _reduced(self, tensor: torch.Tensor, op: Any) -> torch.Tensor:
         placed = self._placed(tensor)
@@ -167,7 +169,7 @@ class Group:
             silent, late = self._heart.missing()
         except RuntimeError:
             # Where no agent keeps it, the store is a part of rank 0.
-            return RankLost((0,), f"the store of the process group, which rank 0 holds, is gone ({error})")
+            return RankLost((0,), f"the store of the process group, which it holds, is gone; {error}")
         if silent:
             return RankLost(silent, f"no sign of life from it; {error}")
         if late:

@@ -6,7 +6,7 @@ import threading
 import time
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 __all__ = ["Heartbeat"]
 
@@ -19,18 +19,18 @@ _PATIENCE = timedelta(seconds=5)
 class Heartbeat:
     """A thread that counts up in the store while the process lives.
 
-    A collective that fails names no rank: the error that gloo has is that of a socket, and the ranks that
-    notice first tear the others down. The store is asked instead, by whoever is left.
+    A collective that fails names no rank: the error that gloo has is that of a socket, and the ranks
+    that notice first tear the others down. The store is asked instead, by whoever is left.
 
     Attributes:
         steps: collectives that this rank has begun; goes out with every beat.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+    def __init__(self, store: Store, rank: int, size: int) -> None:
         self.steps = 0
         self._rank, self._size = rank, size
         # Its own connection: a call of another thread may hold the first one for long.
-        self._store = store.clone()
+        self._store = store.clone()  # type: ignore[attr-defined]
         self._store.set_timeout(_PATIENCE)
         self._asking = threading.Lock()
         self._ended = threading.Event()

@@ -82,7 +82,7 @@ def handout_folder(
 
 
 class FolderOfAnother(HandoutFolder):
-    """The same folder in the process that did not make it: a place for tensors, all else is made there."""
+    """The same folder in a process that did not make it: a place for its tensors, and nothing else."""
 
     def __init__(self, path: Path, targets: Sequence[Target]) -> None:
         super().__init__(path)
@@ -114,19 +114,18 @@ def shared_folder(
     Raises:
         InvalidInput, FastAggError: as there; or a process does not see the maker's files.
     """
-    with share.agreeing():
-        with ExitStack() as opened:
+    with share.agreeing(), ExitStack() as opened:
+        with share.agreeing():
+            made = None
+            if share.first:
+                made = opened.enter_context(handout_folder(folder, targets, force=force))
+        path = share.gather(None if made is None else made.path)[0]
+        assert path is not None
+        try:
             with share.agreeing():
-                made = None
-                if share.first:
-                    made = opened.enter_context(handout_folder(folder, targets, force=force))
-            path = share.gather(None if made is None else made.path)[0]
-            assert path is not None
-            try:
-                with share.agreeing():
-                    out = made or FolderOfAnother(path, targets)
-                yield out
-            except RankLost as lost:
-                if not share.first and 0 in lost.ranks:
-                    shutil.rmtree(path, ignore_errors=True)
-                raise
+                out = made or FolderOfAnother(path, targets)
+            yield out
+        except RankLost as lost:
+            if not share.first and 0 in lost.ranks:
+                shutil.rmtree(path, ignore_errors=True)
+            raise

@@ -62,9 +62,10 @@ class HandoutWriter:
     Several threads may write at once.
 
     Args:
-        sizes: of all modules of the round, of which the source may have a part. Every decomposition is as wide as the largest rank of a client at
-            least: up to that rank, a hand-out does not depend on which others were asked for (and
-            above it, or together with such, by rounding only).
+        sizes: of all modules of the round, of which the source may have a part. Every decomposition is
+            as wide as the largest rank of a client in any module of that shape at least: up to that
+            rank, a hand-out does not depend on which others were asked for (and above it, or together
+            with such, by rounding only).
         modules: what is found out about each module is noted here.
         limit: bytes that the work on one part may take; a part has one module at least.
     """
