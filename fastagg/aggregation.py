@@ -226,7 +226,7 @@ class Aggregate:
             InvalidInput: no such module.
         """
         self._slot(module)
-        self._share.check_whole("add_delta")
+        self._share.check_alone("add_delta")
         self._add_delta(module, matrix, transposed=transposed)
 
     def _add_delta(self, module: str, matrix: torch.Tensor, *, transposed: bool) -> None:
@@ -252,7 +252,7 @@ class Aggregate:
         from fastagg.rounds.base_weights import add_to_base
 
         self._check_base_unchanged()
-        self._share.check_whole("merge_into")
+        self._share.check_alone("merge_into")
         slots = [slot for slot, _ in self._roster.slots.values()]
         whole = [span for span, _ in self._roster.whole.values()]
         add_to_base(base, self._writer, slots, whole)
@@ -262,7 +262,7 @@ class Aggregate:
         from fastagg.rounds.base_weights import as_change
 
         self._check_base_unchanged()
-        self._share.check_whole("change")
+        self._share.check_alone("change")
         slots = [slot for slot, _ in self._roster.slots.values()]
         whole = [span for span, _ in self._roster.whole.values()]
         return as_change(self.method.name, self.add_delta, slots, self._source.whole, whole)

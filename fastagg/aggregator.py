@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -182,14 +183,9 @@ class Aggregator:
             same += [(client, layout.digest) for client, layout, _ in known]
         expected = self._new_share(roster)
         kind, _ = self._plan.choose(expected)
-        self._reset(kind)
-        self._share = expected.emptied(self._roster)
+        self._reset(kind, expected.emptied(self._new_roster()))
         if isinstance(self._accumulator, MeanAccumulator):
-            sizes = expected.own.sizes
-            self._accumulator.reserve(
-                {module: roster.width(size.m, size.n) for module, size in sizes.items()},
-                {module: (size.m, size.n) for module, size in sizes.items()},
-            )
+            self._accumulator.reserve_for(expected.own)
 
     def merge(self, other: Aggregator) -> None:
         """Adds all clients of another aggregator, which stays as it is: a tree of servers.
@@ -201,7 +197,7 @@ class Aggregator:
         """
         self._check_usable()
         for each in (self, other):
-            each._share.check_whole("merge")
+            each._share.check_alone("merge")
         other._check_usable()
         other._check_sums()
         self._check_like(other)
@@ -214,6 +210,60 @@ class Aggregator:
             self._make_room(members, other._accumulator)
             self._changing(lambda: self._join(other._accumulator, members), members)
         self._peak.sample()
+
+    def combine(self, process_group: dist.ProcessGroup) -> Aggregator:
+        """Joins the clients that came to different processes, each of which calls this with its own.
+
+        Headers go to all, factors and sums only to the process that has their modules: what that takes
+        is the own clients, which stay here as they are, and the own modules.
+
+        Returns:
+            An aggregator of all clients whose modules are shared out among the processes, as with
+            ``process_group``. Stacks are joined bit for bit; sums are added by reduce_scatter, in no
+            promised order.
+
+        Raises:
+            InvalidInput: on all processes: other options, a client that two of them have, or clients
+                that do not fit together.
+            MemoryBudgetExceeded: a process's share does not fit into its max_memory.
+            RankLost: a process did not come.
+        """
+        from fastagg.distributed.exchange import bring_clients, bring_sums
+
+        group = group_of(process_group)
+        with group.agreeing() as same:
+            self._check_usable()
+            self._share.check_alone("combine")
+            self._check_sums()
+            same += [self.method.name, self.missing, self.accumulator, self.route, self.dtype, self.seed]
+        result = Aggregator(
+            self.method,
+            max_memory=self.max_memory,
+            missing=self.missing,
+            accumulator=self.accumulator,
+            route=self.route,
+            device=str(self.device),
+            dtype=self.dtype,
+            seed=self.seed,
+            process_group=process_group,
+        )
+        held = group.gather((self._accumulator.kind, list(self._roster.members.values())))
+        roster = self._new_roster()
+        for member in [member for _, members in held for member in members]:
+            roster.check(member.client, member.layout, member.config)
+            roster.admit(member)
+        summed = any(members and kind == "dense" for kind, members in held)
+        plan = replace(result._plan, mode="dense" if summed else self.accumulator)
+        share = ShareOfModules(group, roster)
+        result._reset(plan.choose(share)[0], share)
+        stacks = [members if kind == "stack" else [] for kind, members in held]
+        mine = self._accumulator
+        if not isinstance(result._accumulator, StackAccumulator):
+            bring_sums(share, None if isinstance(mine, StackAccumulator) else mine, result._accumulator)
+        flats = mine.flats if isinstance(mine, StackAccumulator) else {}
+        bring_clients(share, stacks, flats, result._accumulator)
+        result._plan = replace(result._plan, settled=None)  # more clients may be added
+        return result
 
     def finalize(self) -> Aggregate:
         """Hands the round over; the aggregator is empty then and ready for the next.
@@ -255,7 +305,7 @@ class Aggregator:
         from fastagg.rounds.state import dump
 
         self._check_usable()
-        self._share.check_whole("state_dict")
+        self._share.check_alone("state_dict")
         self._check_sums()
         return dump(self.method.name, self.missing, self._roster, self._accumulator)
 
@@ -269,7 +319,7 @@ class Aggregator:
         """
         from fastagg.rounds.state import load
 
-        self._share.check_whole("load_state_dict")
+        self._share.check_alone("load_state_dict")
         roster = self._new_roster()
         accumulator = load(
             state,
@@ -278,7 +328,7 @@ class Aggregator:
             roster,
             self.device,
         )
-        self._reset(contents=(roster, accumulator))
+        self._reset(share=self._new_share(roster), accumulator=accumulator)
 
     def __repr__(self) -> str:
         return (
@@ -287,16 +337,20 @@ class Aggregator:
         )
 
     def _reset(
-        self, settled: str | None = None, contents: tuple[Roster, Accumulator] | None = None
+        self,
+        settled: str | None = None,
+        share: Share | None = None,
+        accumulator: Accumulator | None = None,
     ) -> None:
-        """Begins a round: an empty one, or one that was saved."""
+        """Begins a round: an empty one, or one that has a roster, of which something was saved."""
         self._interrupted = "a round was about to begin"
         settings = Settings(self.route, self.seed, self.device)
         self._plan = MemoryPlan(
             self.method, settings, self.max_memory, self.accumulator, settled
         )
-        self._roster, self._accumulator = contents or (self._new_roster(), self._empty())
-        self._share = self._new_share(self._roster)
+        self._share = share or self._new_share(self._new_roster())
+        self._roster = self._share.whole
+        self._accumulator = accumulator or self._empty()
         self._watch = Stopwatch()
         self._peak = PeakMemory(self.device)
         self._interrupted = None

@@ -82,18 +82,26 @@ class WholeSums:
     @staticmethod
     def bytes_for(spans: Sequence[TensorSpan]) -> int:
         """Bytes that the sums of these tensors take."""
-        return sum(span.count * _dtype_for(span.count).itemsize for span in spans)
+        return sum(span.count * WholeSums.dtype_for(span.count).itemsize for span in spans)
+
+    @staticmethod
+    def dtype_for(count: int) -> torch.dtype:
+        """Of the sum of a tensor of so many elements."""
+        return torch.float64 if count <= BLOCK else torch.float32
+
+    def make_room(self, span: TensorSpan) -> None:
+        """Allocates the sum of a tensor that has none yet."""
+        if span.key not in self.sums:
+            dtype = self.dtype_for(span.count)
+            self.sums[span.key] = torch.zeros(span.count, dtype=dtype, device=self.device)
+            self.totals[span.key] = 0.0
 
     def add(self, member: Member, flat: torch.Tensor) -> None:
         """Adds one client's tensors."""
         self._rescale(self.unit.admit(member.weight))
         weight = self.unit.of(member.weight)
         for span in member.layout.whole:
-            if span.key not in self.sums:
-                self.sums[span.key] = torch.zeros(
-                    span.count, dtype=_dtype_for(span.count), device=self.device
-                )
-                self.totals[span.key] = 0.0
+            self.make_room(span)
             sums = self.sums[span.key]
             for begin in range(0, span.count, BLOCK):
                 end = min(begin + BLOCK, span.count)
@@ -150,10 +158,6 @@ class SummedWhole:
         for begin in range(0, sums.numel(), BLOCK):
             end = min(begin + BLOCK, sums.numel())
             yield begin, end, (sums[begin:end].double() / total).cpu()
-
-
-def _dtype_for(count: int) -> torch.dtype:
-    return torch.float64 if count <= BLOCK else torch.float32
 
 
 def check_total(key: str, total: float) -> None:

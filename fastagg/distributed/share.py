@@ -98,7 +98,7 @@ class Share:
         One process finds out when it divides.
         """
 
-    def check_whole(self, what: str) -> None:
+    def check_alone(self, what: str) -> None:
         """Refuses what only a process with all modules can do.
 
         Raises:
@@ -124,7 +124,7 @@ class ShareOfModules(Share):
         self.first = group.rank == 0
         self.assignment = Assignment(group.size)
         self.own = whole.for_parts()
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[tuple[str, int], Part] = {}
         costs: dict[Item, float] = {
             ("module", module): module_cost(size.m, size.n, size.rank_sum, size.width)
             for module, size in whole.sizes.items()
@@ -157,34 +157,30 @@ class ShareOfModules(Share):
 
     def part(self, layout: Layout, rank: int) -> Part:
         """What a rank has of a client of this layout."""
-        names: dict[str, list[str]] = {"module": [], "tensor": []}
-        for kind, name in [
-            *(("module", slot.module) for slot in layout.slots),
-            *(("tensor", span.key) for span in layout.whole),
-        ]:
-            if self.assignment.owner[kind, name] == rank:
-                names[kind].append(name)
-        return Part(layout, frozenset(names["module"]), frozenset(names["tensor"]))
+        found = self._parts.get((layout.digest, rank))
+        if found is None:
+            found = self._parts[layout.digest, rank] = self._new_part(layout, rank)
+        return found
 
     def part_of(self, layout: Layout) -> Layout:
-        return self._own_part(layout).layout
+        return self.part(layout, self.group.rank).layout
 
     def update(self, update: ClientUpdate) -> ClientUpdate:
-        adapter, part = update.adapter, self._own_part(update.adapter.layout)
+        adapter, part = update.adapter, self.part(update.adapter.layout, self.group.rank)
         numbers = part.of(adapter.flat)
         adapter.check_unchanged(update.client_id)
         own = Adapter.from_flat(numbers, part.layout, adapter.config, name=adapter.name)
         return ClientUpdate(own, update.weight, update.client_id)
 
     def member(self, member: Member) -> Member:
-        part = self._own_part(member.layout)
+        part = self.part(member.layout, self.group.rank)
         # A header without its numbers has no weights yet.
         weights = member.slot_weights[part.places] if len(member.slot_weights) else member.slot_weights
         return replace(member, layout=part.layout, slot_weights=weights)
 
     def weights(self, layout: Layout, own: Float64Array) -> Float64Array:
         every: Float64Array = np.zeros(len(layout.slots), dtype=np.float64)
-        every[self._own_part(layout).places] = own
+        every[self.part(layout, self.group.rank).places] = own
         self.group.add_up(torch.from_numpy(every))  # zeros but where a rank knows: exact
         return every
 
@@ -216,7 +212,7 @@ class ShareOfModules(Share):
         for key, total in tensors.items():
             check_total(key, total)
 
-    def check_whole(self, what: str) -> None:
+    def check_alone(self, what: str) -> None:
         raise InvalidInput(
             f"{what} needs all modules in one process, and this one has a share of them",
             field="process_group",
@@ -225,8 +221,12 @@ class ShareOfModules(Share):
             "a process group",
         )
 
-    def _own_part(self, layout: Layout) -> Part:
-        found = self._parts.get(layout.digest)
-        if found is None:
-            found = self._parts[layout.digest] = self.part(layout, self.group.rank)
-        return found
+    def _new_part(self, layout: Layout, rank: int) -> Part:
+        names: dict[str, list[str]] = {"module": [], "tensor": []}
+        for kind, name in [
+            *(("module", slot.module) for slot in layout.slots),
+            *(("tensor", span.key) for span in layout.whole),
+        ]:
+            if self.assignment.owner[kind, name] == rank:
+                names[kind].append(name)
+        return Part(layout, frozenset(names["module"]), frozenset(names["tensor"]))

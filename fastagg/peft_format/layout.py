@@ -237,6 +237,10 @@ class Layout:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Between processes go headers: what is made of them is made again.
+        return Layout, (self.slots, self.whole, self.nbytes, self.digest, self.part_of)
+
     def __repr__(self) -> str:
         return f"Layout({len(self.slots)} modules, {len(self.whole)} whole, {self.nbytes} bytes)"
 
