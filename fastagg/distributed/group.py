@@ -136,7 +136,7 @@ class Group:
         """Of (ranks, count) numbers, one row for each rank: the sum of all that are for this one."""
         placed = self._placed(parts)
         mine = torch.empty_like(placed[0])
-        self._run(lambda: dist.reduce_scatter_tensor(mine, placed.view(-1), group=self._pg))
+        self._run(lambda: dist.reduce_scatter(mine, list(placed.unbind(0)), group=self._pg))
         return mine.to(parts.device)
 
     def exchange(self, sent: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
