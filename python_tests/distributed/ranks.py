@@ -28,7 +28,8 @@ class Ranks:
         self._processes = []
         for rank in range(SIZE):
             here, there = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(rank, str(folder / "store"), there), daemon=True)
+            arguments = (rank, str(folder / "store"), there)
+            process = spawn.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)

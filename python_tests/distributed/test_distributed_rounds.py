@@ -134,7 +134,8 @@ def check_delta(clients: list[Client], method: str, module: str, delta: torch.Te
     if method in ("flora", "flexlora"):
         dw = exact(clients, module)
     else:
-        p = norm_shares(clients, module) if method == "hetlora" else shares(clients, module, "renormalise")
+        normed = method == "hetlora"
+        p = norm_shares(clients, module) if normed else shares(clients, module, "renormalise")
         a, b = padded_means(clients, module, p)
         dw = b @ a
     slot = next(
@@ -195,7 +196,8 @@ def test_any_round_has_the_bits_of_one_process(ranks: Ranks) -> None:
 
 def spoilt(each: Client, module: str) -> ClientUpdate:
     state = {key: value.clone() for key, value in each.adapter.state_dict().items()}
-    state[next(key for key in state if f"{module}.lora" in key and "_B" in key)].view(-1)[3] = float("nan")
+    factor = next(key for key in state if f"{module}.lora" in key and "_B" in key)
+    state[factor].view(-1)[3] = float("nan")
     return ClientUpdate(Adapter(state, each.adapter.config), each.weight, each.name)
 
 
@@ -386,7 +388,7 @@ PAGED = {f"layers.{k}.proj": (256, 128) for k in range(6)}
 
 
 def read_own_alone(group: dist.ProcessGroup, kinds: list[tuple[str, str]]) -> list[Any]:
-    """Adds clients of whom all but this rank's modules cannot be read: touching them ends the process."""
+    """Adds clients of whom only this rank's modules can be read: touching another ends the process."""
     found: list[Any] = []
     for method, kind in kinds:
         config = make_config(PAGED, 32)
