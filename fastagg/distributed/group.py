@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ T = TypeVar("T")
 # Bytes that one collective carries: what it needs beside its argument, on a GPU and in gloo.
 _AT_ONCE = 32 << 20
 
-_groups: WeakKeyDictionary[dist.ProcessGroup, Group] = WeakKeyDictionary()
+_groups: dict[dist.ProcessGroup, Group] = {}
 
 
 class Group:

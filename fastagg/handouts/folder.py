@@ -114,18 +114,19 @@ def shared_folder(
     Raises:
         InvalidInput, FastAggError: as there; or a process does not see the maker's files.
     """
-    with share.agreeing(), ExitStack() as opened:
-        with share.agreeing():
+    path: Path | None = None
+    try:
+        with share.agreeing(), ExitStack() as opened:
             made = None
-            if share.first:
-                made = opened.enter_context(handout_folder(folder, targets, force=force))
-        path = share.gather(None if made is None else made.path)[0]
-        assert path is not None
-        try:
+            with share.agreeing():
+                if share.first:
+                    made = opened.enter_context(handout_folder(folder, targets, force=force))
+            path = share.gather(None if made is None else made.path)[0]
+            assert path is not None
             with share.agreeing():
                 out = made or FolderOfAnother(path, targets)
             yield out
-        except RankLost as lost:
-            if not share.first and 0 in lost.ranks:
-                shutil.rmtree(path, ignore_errors=True)
-            raise
+    except RankLost as lost:
+        if path is not None and not share.first and 0 in lost.ranks:
+            shutil.rmtree(path, ignore_errors=True)
+        raise

@@ -9,27 +9,37 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Something happens to one rank when its hand-outs are about to be written, where the folder is begun.
+# Something happens to one rank in the middle of its work, in place of a method.
 PROGRAM = """
-import os, signal, sys, time
+import os, signal, time
+from fastagg.handouts.folder import HandoutFolder
 from fastagg.handouts.writer import HandoutWriter
 
-write = HandoutWriter.write
+usual = {method}
 
 def interrupted(*arguments, **options):
     if os.environ["RANK"] == {rank!r}:
         {what}
     else:
-        write(*arguments, **options)
+        usual(*arguments, **options)
 
-HandoutWriter.write = interrupted
+{method} = interrupted
 from fastagg.cli.app import main
 main()
 """
 
+# The folder is begun; all have written to it, and the first brings it to the disk.
+WRITING = "HandoutWriter.write"
+COMMITTING = "HandoutFolder.commit"
+
 DIES = "os.kill(os.getpid(), signal.SIGKILL)"
 HANGS = "os.kill(os.getpid(), signal.SIGSTOP)"
 IS_SLOW = "time.sleep(60)"
+
+
+def interrupted(rank: int, what: str, method: str = WRITING) -> str:
+    """The command's program, to whose one rank something happens."""
+    return PROGRAM.format(rank=str(rank), what=what, method=method)
 
 
 def environment() -> dict[str, str]:
@@ -40,13 +50,13 @@ def environment() -> dict[str, str]:
 
 
 def ranks_by_hand(
-    arguments: Sequence[str], size: int, rank: int, what: str
+    arguments: Sequence[str], size: int, rank: int, what: str, method: str = WRITING
 ) -> list[subprocess.Popen[str]]:
     """One process a rank, as any scheduler starts them: nobody ends the others when one fails."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    program = PROGRAM.format(rank=str(rank), what=what)
+    program = interrupted(rank, what, method)
     return [
         subprocess.Popen(
             [sys.executable, "-c", program, *arguments],

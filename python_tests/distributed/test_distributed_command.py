@@ -8,7 +8,18 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import DIES, HANGS, IS_SLOW, PROGRAM, end, left_in, ranks_by_hand, torchrun
+from commands import (
+    COMMITTING,
+    DIES,
+    HANGS,
+    IS_SLOW,
+    WRITING,
+    end,
+    interrupted,
+    left_in,
+    ranks_by_hand,
+    torchrun,
+)
 from equations import mixed_round
 from sharded_jobs import DTYPES, files, same_but_for_times
 
@@ -54,14 +65,14 @@ def test_an_error_of_all_is_said_once(folders: list[str], tmp_path: Path) -> Non
     assert left_in(tmp_path) == {"clients"}
 
 
-@pytest.mark.parametrize(("dead", "size"), [(1, 3), (0, 2)])
+@pytest.mark.parametrize(("dead", "size", "when"), [(1, 3, WRITING), (0, 2, COMMITTING)])
 def test_survivors_name_the_rank_that_was_killed(
-    folders: list[str], tmp_path: Path, dead: int, size: int
+    folders: list[str], tmp_path: Path, dead: int, size: int, when: str
 ) -> None:
     out = str(tmp_path / "out")
     arguments = ["aggregate", *folders, "-m", "zeropad", "--out", out, "--timeout", "30"]
     began = time.monotonic()
-    jobs = ranks_by_hand(arguments, size, dead, DIES)
+    jobs = ranks_by_hand(arguments, size, dead, DIES, when)
     try:
         said = [job.communicate(timeout=LONGEST)[1] for job in jobs]
     finally:
@@ -76,21 +87,24 @@ def test_survivors_name_the_rank_that_was_killed(
     assert left_in(tmp_path) == {"clients"}
 
 
-def test_a_rank_that_hangs_is_named_when_the_time_is_up(folders: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("what", "known"), [(HANGS, "no sign of life"), (IS_SLOW, "it lives")])
+def test_a_rank_that_hangs_is_named_when_the_time_is_up(
+    folders: list[str], tmp_path: Path, what: str, known: str
+) -> None:
     arguments = ["aggregate", *folders, "-m", "flora", "--out", str(tmp_path / "out"), "--timeout", "4"]
-    jobs = ranks_by_hand(arguments, 2, 1, HANGS)
+    jobs = ranks_by_hand(arguments, 2, 1, what)
     try:
         said = jobs[0].communicate(timeout=LONGEST)[1]
     finally:
         end(jobs)
     assert jobs[0].returncode == 1
-    assert "rank 1 did not come" in said
+    assert f"rank 1 did not come: {known}" in said
     assert left_in(tmp_path) == {"clients"}
 
 
 def test_torchrun_ends_when_a_rank_is_killed(folders: list[str], tmp_path: Path) -> None:
     script = tmp_path / "job.py"
-    script.write_text(PROGRAM.format(rank="1", what=DIES))
+    script.write_text(interrupted(1, DIES))
     arguments = ["aggregate", *folders, "-m", "flora", "--out", str(tmp_path / "out")]
     job = torchrun(2, [str(script), *arguments])
     try:
@@ -104,7 +118,7 @@ def test_torchrun_ends_when_a_rank_is_killed(folders: list[str], tmp_path: Path)
 
 def test_ctrl_c_leaves_nothing(folders: list[str], tmp_path: Path) -> None:
     script = tmp_path / "job.py"
-    script.write_text(PROGRAM.format(rank="0", what=IS_SLOW))
+    script.write_text(interrupted(0, IS_SLOW))
     arguments = ["aggregate", *folders, "-m", "flora", "--out", str(tmp_path / "out")]
     job = torchrun(2, [str(script), *arguments])
     try:
