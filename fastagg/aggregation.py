@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,9 +12,10 @@ import torch
 
 from fastagg.accumulators import Source
 from fastagg.adapter import Adapter
+from fastagg.distributed.share import Share
 from fastagg.errors import InvalidInput
 from fastagg.handouts.choices import ClientStack, Handout, Settings
-from fastagg.handouts.folder import CLIENTS_NAME, REPORT_NAME, handout_folder
+from fastagg.handouts.folder import CLIENTS_NAME, REPORT_NAME, shared_folder
 from fastagg.handouts.sink import MemorySink
 from fastagg.handouts.target import (
     Target,
@@ -26,10 +27,9 @@ from fastagg.handouts.target import (
 )
 from fastagg.handouts.writer import HandoutWriter, Progress
 from fastagg.method import Method
-from fastagg.peft_format.layout import Slot
+from fastagg.peft_format.layout import Slot, TensorSpan
 from fastagg.peft_format.safetensors_file import view
 from fastagg.planning.budget import PeakMemory, require, work_bytes
-from fastagg.planning.roster import Roster
 from fastagg.report import ModuleReport, Report, SkippedClient, Stopwatch
 from fastagg.rounds.log import RoundLog, module_reports
 
@@ -56,12 +56,16 @@ class Aggregate:
     once. ``dW`` is the method's own
     aggregate: the exact sum_k p_k s_k B_k A_k for flora and flexlora, the product of the averaged
     factors for fedit, zeropad and hetlora.
+
+    Of an Aggregator with a process group, every process asks for the same in the same order, from one
+    thread; each computes its own modules, and all get the whole answer. ``add_delta``, ``merge_into``
+    and ``change`` need all modules in one process, and refuse.
     """
 
     def __init__(
         self,
         source: Source,
-        roster: Roster,
+        share: Share,
         method: Method,
         options: HandoutOptions,
         watch: Stopwatch,
@@ -69,7 +73,8 @@ class Aggregate:
     ) -> None:
         self.method = method
         self._source = source
-        self._roster = roster
+        self._share = share
+        self._roster = roster = share.whole
         self._options = options
         self._log = RoundLog(roster, watch, peak)
         self._writer = self._new_writer(method.handout, self._log.modules)
@@ -176,7 +181,10 @@ class Aggregate:
         """
         slot = self._slot(module)
         matrix = torch.zeros(slot.m, slot.n, dtype=torch.float32, device=self._source.device)
-        self.add_delta(module, matrix)
+        with self._share.agreeing():
+            if self._share.has(module):
+                self._add_delta(module, matrix, transposed=False)
+        self._share.complete(matrix)
         return (matrix.t() if slot.transposed else matrix).reshape(slot.weight_shape).cpu()
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -194,6 +202,13 @@ class Aggregate:
         O(R (m + n)) time and memory.
         """
         self._slot(module)
+        found = None
+        with self._share.agreeing():
+            if self._share.has(module):
+                found = self._factors(module)
+        return next((each for each in self._share.gather(found) if each is not None), None)
+
+    def _factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         bucket, place = self._source.index.where(module)
         chunk = self._source.load(bucket, place, place + 1)
         if chunk.dense is not None:
@@ -206,8 +221,15 @@ class Aggregate:
 
         The matrix may be float32, bfloat16, float16 or float64, on any device, where the work is
         done; the sum is rounded once.
+
+        Raises:
+            InvalidInput: no such module.
         """
         self._slot(module)
+        self._share.check_alone("add_delta")
+        self._add_delta(module, matrix, transposed=transposed)
+
+    def _add_delta(self, module: str, matrix: torch.Tensor, *, transposed: bool) -> None:
         bucket, place = self._source.index.where(module)
         chunk = self._source.load(bucket, place, place + 1)
         with torch.no_grad():
@@ -230,6 +252,7 @@ class Aggregate:
         from fastagg.rounds.base_weights import add_to_base
 
         self._check_base_unchanged()
+        self._share.check_alone("merge_into")
         slots = [slot for slot, _ in self._roster.slots.values()]
         whole = [span for span, _ in self._roster.whole.values()]
         add_to_base(base, self._writer, slots, whole)
@@ -239,6 +262,7 @@ class Aggregate:
         from fastagg.rounds.base_weights import as_change
 
         self._check_base_unchanged()
+        self._share.check_alone("change")
         slots = [slot for slot, _ in self._roster.slots.values()]
         whole = [span for span, _ in self._roster.whole.values()]
         return as_change(self.method.name, self.add_delta, slots, self._source.whole, whole)
@@ -271,21 +295,24 @@ class Aggregate:
         targets = targets_for(
             self._roster, self.method.handout, ranks, self._options.dtype
         )
-        require(
-            self._source.nbytes + self._writer.held_bytes + self._writer.workspace_bytes(targets),
-            self._options.max_memory,
-            "handing out one batch of modules",
-            "Raise max_memory",
-        )
+        with self._share.agreeing():
+            require(
+                self._source.nbytes + self._writer.held_bytes + self._writer.workspace_bytes(targets),
+                self._options.max_memory,
+                "handing out one batch of modules",
+                "Raise max_memory",
+            )
         with ExitStack() as opened:
             with self._log.watch.stage("write"):
-                out = opened.enter_context(handout_folder(folder, targets, force=force))
-            self._writer.write(targets, out.sinks, progress=progress)
+                out = opened.enter_context(shared_folder(folder, targets, self._share, force=force))
+            with self._share.agreeing():
+                self._writer.write(targets, out.sinks, progress=progress)
             with self._log.watch.stage("write"):
                 out.commit()
                 places = {client: target.name for target in targets for client in target.clients}
                 out.write_json(CLIENTS_NAME, {client: places[client] for client in self.clients})
             self._log.wrote(targets, out.bytes_written)
+            self._log.join(self._share)
             out.write_json(REPORT_NAME, self.report.to_dict())
 
     @property
@@ -340,20 +367,31 @@ class Aggregate:
         held = self._source.nbytes + target.layout.nbytes
         needed = held + writer.workspace_bytes([target])
         with_factors = needed + writer.factors_bytes([target])
-        require(
-            needed,
-            self._options.max_memory,
-            f"the adapter {target.name!r} in memory",
-            "Raise max_memory, or write it with .save(folder), which streams",
-        )
+        with self._share.agreeing():
+            require(
+                needed,
+                self._options.max_memory,
+                f"the adapter {target.name!r} in memory",
+                "Raise max_memory, or write it with .save(folder), which streams",
+            )
         budget = self._options.max_memory
         keep = writer.handout.ranked and (budget is None or with_factors <= budget)
         sink = MemorySink(target.layout.nbytes)
+        with self._share.agreeing():
+            writer.write([target], [sink], keep=keep)
+        self._share.complete(sink.flat)
+        self._log.join(self._share)
         if before is not None:
-            for span in target.layout.tensors:
+            for span in self._lacking(target):
                 view(sink.flat, span).copy_(before[span.source])
-        writer.write([target], [sink], keep=keep)
         return Adapter.from_flat(sink.flat, target.layout, target.config, name=target.name)
+
+    def _lacking(self, target: Target) -> Iterator[TensorSpan]:
+        """The tensors of a target that no client of the round has."""
+        for slot in target.layout.slots:
+            if slot.module not in self._roster.slots:
+                yield from (slot.a, slot.b)
+        yield from (span for span in target.layout.whole if span.key not in self._roster.whole)
 
     def _check_base_unchanged(self) -> None:
         changed = self._roster.changes_base

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +14,8 @@ from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumul
 from fastagg.adapter import Adapter
 from fastagg.aggregation import Aggregate, HandoutOptions
 from fastagg.byte_sizes import parse_bytes
+from fastagg.distributed import group_of
+from fastagg.distributed.share import Share, ShareOfModules
 from fastagg.errors import FastAggError, InvalidInput
 from fastagg.handouts.choices import Settings
 from fastagg.linalg import ROUTES
@@ -25,6 +28,9 @@ from fastagg.report import Stopwatch
 from fastagg.rounds.memory_plan import Accumulator, MemoryPlan
 from fastagg.rounds.options import check_choice, parse_device, parse_dtype, parse_seed
 from fastagg.update import ClientUpdate
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 __all__ = ["Aggregator"]
 
@@ -48,12 +54,18 @@ class Aggregator:
             goes to the current stream; adapters, states and deltas come back on the CPU.
         dtype: of what is handed out; None is each client's own.
         seed: of the randomized decomposition.
+        process_group: of torch.distributed, whose processes share the modules out among them by what
+            they cost: each reads, holds and computes its own alone, and max_memory is each one's. All
+            must make the same calls with the same updates in the same order; what one refuses, all
+            refuse. The bits are those of one process. Where the *clients* are on different machines,
+            see :meth:`combine`.
 
     An Aggregator is not for several threads at once; aggregators of several threads or processes
     are joined by :meth:`merge`.
 
     Raises:
         InvalidInput: an option that does not exist or that the method cannot be run with.
+        RankLost: from any method that has to wait for the other processes: one does not come.
     """
 
     _accumulator: Accumulator
@@ -61,6 +73,7 @@ class Aggregator:
     _peak: PeakMemory
     _plan: MemoryPlan
     _roster: Roster
+    _share: Share
     _watch: Stopwatch
 
     def __init__(
@@ -74,6 +87,7 @@ class Aggregator:
         device: str = "auto",
         dtype: torch.dtype | str | None = None,
         seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.method = methods.get(method)
         self.missing = check_choice("missing", missing, ("renormalise", "zero"))
@@ -84,6 +98,7 @@ class Aggregator:
         self.max_memory = parse_bytes(max_memory)
         self.seed = parse_seed(seed)
         self.method.check_accumulator(self.accumulator)
+        self._group = None if process_group is None else group_of(process_group)
         self._reset()
 
     @property
@@ -112,19 +127,25 @@ class Aggregator:
             MemoryBudgetExceeded: it does not fit into max_memory; the error says what would.
         """
         self._check_usable()
-        update = self._loaded(update)
-        adapter, client = update.adapter, update.client_id
-        with self._watch.stage("validate"):
-            self._roster.check(client, adapter.layout, adapter.config)
-            update.validate()
+        with self._share.agreeing() as same:
+            update = self._loaded(update)
+            adapter, client, weight = update.adapter, update.client_id, update.weight
+            layout = adapter.layout
+            self._roster.check(client, layout, adapter.config)
+            same += [client, weight, layout.digest]
+        self._share.grow([layout])
+        with self._watch.stage("validate"), self._share.agreeing():
+            own = self._share.update(update)
+            own.validate()
             weights = self.method.weights.slot_weights(
-                client, update.weight, adapter.layout, adapter.flat
+                client, weight, own.adapter.layout, own.adapter.flat
             )
-        absent = self.method.weights.absent_weight(update.weight)
-        member = Member(client, update.weight, adapter.layout, adapter.config, weights, absent)
+        weights = self._share.weights(layout, weights)
+        absent = self.method.weights.absent_weight(weight)
+        member = Member(client, weight, layout, adapter.config, weights, absent)
         with self._watch.stage("fold"):
             self._make_room([member])
-            self._changing(self._change_by(member, adapter), [member])
+            self._changing(self._change_by(self._share.member(member), own.adapter), [member])
         self._peak.sample()
 
     def plan_for(self, clients: Iterable[tuple[str, Layout, AdapterConfig]]) -> tuple[str, int]:
@@ -141,7 +162,7 @@ class Aggregator:
             InvalidInput: the clients do not fit together.
             MemoryBudgetExceeded: the round does not fit into max_memory.
         """
-        return self._plan.choose(self._new_roster().with_headers(clients))
+        return self._plan.choose(self._new_share(self._new_roster().with_headers(clients)))
 
     def expect(self, clients: Iterable[tuple[str, Layout, AdapterConfig]]) -> None:
         """Settles the accumulator for a round whose clients are all known, before the first.
@@ -156,15 +177,15 @@ class Aggregator:
                 expected="an aggregator without clients",
                 got=f"{len(self._roster)} clients",
             )
-        roster = self._new_roster().with_headers(clients)
-        kind, _ = self._plan.choose(roster)
-        self._reset(kind)
+        with self._share.agreeing() as same:
+            known = list(clients)
+            roster = self._new_roster().with_headers(known)
+            same += [(client, layout.digest) for client, layout, _ in known]
+        expected = self._new_share(roster)
+        kind, _ = self._plan.choose(expected)
+        self._reset(kind, expected.emptied(self._new_roster()))
         if isinstance(self._accumulator, MeanAccumulator):
-            sizes = roster.sizes
-            self._accumulator.reserve(
-                {module: size.width for module, size in sizes.items()},
-                {module: (size.m, size.n) for module, size in sizes.items()},
-            )
+            self._accumulator.reserve_for(expected.own)
 
     def merge(self, other: Aggregator) -> None:
         """Adds all clients of another aggregator, which stays as it is: a tree of servers.
@@ -175,6 +196,8 @@ class Aggregator:
             MemoryBudgetExceeded: both together do not fit into max_memory.
         """
         self._check_usable()
+        for each in (self, other):
+            each._share.check_alone("merge")
         other._check_usable()
         other._check_sums()
         self._check_like(other)
@@ -187,6 +210,60 @@ class Aggregator:
             self._make_room(members, other._accumulator)
             self._changing(lambda: self._join(other._accumulator, members), members)
         self._peak.sample()
+
+    def combine(self, process_group: dist.ProcessGroup) -> Aggregator:
+        """Joins the clients that came to different processes, each of which calls this with its own.
+
+        Headers go to all, factors and sums only to the process that has their modules: what that takes
+        is the own clients, which stay here as they are, and the own modules.
+
+        Returns:
+            An aggregator of all clients whose modules are shared out among the processes, as with
+            ``process_group``. Stacks are joined bit for bit; sums are added by reduce_scatter, in no
+            promised order.
+
+        Raises:
+            InvalidInput: on all processes: other options, a client that two of them have, or clients
+                that do not fit together.
+            MemoryBudgetExceeded: a process's share does not fit into its max_memory.
+            RankLost: a process did not come.
+        """
+        from fastagg.distributed.exchange import bring_clients, bring_sums
+
+        group = group_of(process_group)
+        with group.agreeing() as same:
+            self._check_usable()
+            self._share.check_alone("combine")
+            self._check_sums()
+            same += [self.method.name, self.missing, self.accumulator, self.route, self.dtype, self.seed]
+        result = Aggregator(
+            self.method,
+            max_memory=self.max_memory,
+            missing=self.missing,
+            accumulator=self.accumulator,
+            route=self.route,
+            device=str(self.device),
+            dtype=self.dtype,
+            seed=self.seed,
+            process_group=process_group,
+        )
+        held = group.gather((self._accumulator.kind, list(self._roster.members.values())))
+        roster = self._new_roster()
+        for member in [member for _, members in held for member in members]:
+            roster.check(member.client, member.layout, member.config)
+            roster.admit(member)
+        summed = any(members and kind == "dense" for kind, members in held)
+        plan = replace(result._plan, mode="dense" if summed else self.accumulator)
+        share = ShareOfModules(group, roster)
+        result._reset(plan.choose(share)[0], share)
+        stacks = [members if kind == "stack" else [] for kind, members in held]
+        mine = self._accumulator
+        if not isinstance(result._accumulator, StackAccumulator):
+            bring_sums(share, None if isinstance(mine, StackAccumulator) else mine, result._accumulator)
+        flats = mine.flats if isinstance(mine, StackAccumulator) else {}
+        bring_clients(share, stacks, flats, result._accumulator)
+        result._plan = replace(result._plan, settled=None)  # more clients may be added
+        return result
 
     def finalize(self) -> Aggregate:
         """Hands the round over; the aggregator is empty then and ready for the next.
@@ -207,10 +284,11 @@ class Aggregator:
             self.missing, self._plan.settings, self.dtype, self.max_memory
         )
         sums = self._accumulator
+        self._share.check_weights(self.missing)
         try:
-            with self._watch.stage("fold"):
-                source = sums.finish(self._roster, self.missing)
-            result = Aggregate(source, self._roster, self.method, options, self._watch, self._peak)
+            with self._watch.stage("fold"), self._share.agreeing():
+                source = sums.finish(self._share.own, self.missing)
+            result = Aggregate(source, self._share, self.method, options, self._watch, self._peak)
         except BaseException as error:
             if isinstance(sums, DenseAccumulator) and sums.divided:
                 self._interrupted = type(error).__name__
@@ -227,6 +305,7 @@ class Aggregator:
         from fastagg.rounds.state import dump
 
         self._check_usable()
+        self._share.check_alone("state_dict")
         self._check_sums()
         return dump(self.method.name, self.missing, self._roster, self._accumulator)
 
@@ -240,6 +319,7 @@ class Aggregator:
         """
         from fastagg.rounds.state import load
 
+        self._share.check_alone("load_state_dict")
         roster = self._new_roster()
         accumulator = load(
             state,
@@ -248,7 +328,7 @@ class Aggregator:
             roster,
             self.device,
         )
-        self._reset(contents=(roster, accumulator))
+        self._reset(share=self._new_share(roster), accumulator=accumulator)
 
     def __repr__(self) -> str:
         return (
@@ -257,21 +337,29 @@ class Aggregator:
         )
 
     def _reset(
-        self, settled: str | None = None, contents: tuple[Roster, Accumulator] | None = None
+        self,
+        settled: str | None = None,
+        share: Share | None = None,
+        accumulator: Accumulator | None = None,
     ) -> None:
-        """Begins a round: an empty one, or one that was saved."""
+        """Begins a round: an empty one, or one that has a roster, of which something was saved."""
         self._interrupted = "a round was about to begin"
         settings = Settings(self.route, self.seed, self.device)
         self._plan = MemoryPlan(
             self.method, settings, self.max_memory, self.accumulator, settled
         )
-        self._roster, self._accumulator = contents or (self._new_roster(), self._empty())
+        self._share = share or self._new_share(self._new_roster())
+        self._roster = self._share.whole
+        self._accumulator = accumulator or self._empty()
         self._watch = Stopwatch()
         self._peak = PeakMemory(self.device)
         self._interrupted = None
 
     def _new_roster(self) -> Roster:
         return Roster(equal_ranks=self.method.equal_ranks, method=self.method.name)
+
+    def _new_share(self, roster: Roster) -> Share:
+        return Share(roster) if self._group is None else ShareOfModules(self._group, roster)
 
     def _empty(self) -> Accumulator:
         if self._plan.first == "means":
@@ -285,9 +373,9 @@ class Aggregator:
 
     def _make_room(self, members: Sequence[Member], joined: Accumulator | None = None) -> None:
         layouts = [member.layout for member in members]
-        if self._plan.turns_dense(self._roster, self._accumulator, layouts, joined):
+        if self._plan.turns_dense(self._share, self._accumulator, layouts, joined):
             assert isinstance(self._accumulator, StackAccumulator)
-            held = self._roster.sorted()
+            held = self._share.own.sorted()
             dense = self._empty_dense()
             dense.add(held, [self._accumulator.flats[member.client] for member in held])
             self._accumulator = dense
@@ -330,10 +418,12 @@ class Aggregator:
         """
         admitting = False
         try:
-            change()
+            with self._share.agreeing():
+                change()
             admitting = True
             for member in members:
                 self._roster.admit(member)
+                self._share.admit(member)
         except BaseException as error:
             if admitting or not isinstance(self._accumulator, StackAccumulator):
                 self._interrupted = type(error).__name__

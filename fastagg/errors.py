@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["FastAggError", "InvalidInput", "MemoryBudgetExceeded"]
+from collections.abc import Sequence
+
+__all__ = ["FastAggError", "InvalidInput", "MemoryBudgetExceeded", "RankLost"]
 
 
 class FastAggError(Exception):
@@ -97,6 +99,27 @@ class MemoryBudgetExceeded(FastAggError, MemoryError):
 
 def _rebuild_budget(message: str, needed: int, budget: int) -> MemoryBudgetExceeded:
     return MemoryBudgetExceeded(message, needed=needed, budget=budget)
+
+
+class RankLost(FastAggError):
+    """A process of the group did not come to where the others wait: the job is at its end.
+
+    Args:
+        ranks: those that are missing, as far as that can be told.
+        reason: how it was noticed.
+    """
+
+    def __init__(self, ranks: Sequence[int], reason: str) -> None:
+        self.ranks = tuple(ranks)
+        self.reason = reason
+        named = ", ".join(map(str, self.ranks)) or "of the group (unknown which)"
+        super().__init__(
+            f"rank{'s' if len(self.ranks) > 1 else ''} {named} did not come: {reason}. Nothing was "
+            "written; start the job again"
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (RankLost, (self.ranks, self.reason))
 
 
 def short(value: object) -> str:

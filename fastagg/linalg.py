@@ -202,6 +202,14 @@ def fastest_route(
     """
     if device is not None and device.type == "cuda":
         return "gram" if rows <= _MOST_ROWS_OF_AN_EXACT_ROUTE else "randomized"
+    costs = route_costs(m, n, rows, columns, power_iterations)
+    return min(costs, key=lambda name: costs[name])
+
+
+def route_costs(
+    m: int, n: int, rows: int, columns: int, power_iterations: int = 2
+) -> dict[str, float]:
+    """Route -> what it takes on a CPU, in fp32 multiply-adds; see :func:`fastest_route`."""
     length = m + n
     core = min(rows, max(m, n))
     l = min(columns, m, n)  # noqa: E741 - the field's name for a sketch's columns
@@ -211,8 +219,7 @@ def fastest_route(
     basis = 4.0 * (power_iterations + 2) * l**2 * length + 30.0 * l**3
     randomized = gram + passes * rows * l * length + basis
     dense = m * n * rows + passes * l * m * n + basis
-    costs = {"gram": exact, "randomized": randomized, "dense": dense}
-    return min(costs, key=lambda name: costs[name])
+    return {"gram": exact, "randomized": randomized, "dense": dense}
 
 
 def _check_factors(

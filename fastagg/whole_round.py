@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,9 @@ from fastagg.method import Method
 from fastagg.peft_format.config import AdapterConfig
 from fastagg.peft_format.layout import Layout
 from fastagg.update import ClientUpdate
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 __all__ = ["aggregate"]
 
@@ -34,6 +38,7 @@ def aggregate(
     device: str = "auto",
     dtype: torch.dtype | str | None = None,
     seed: int = 0,
+    process_group: dist.ProcessGroup | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Aggregate:
     """Aggregates the updates of a round.
@@ -71,6 +76,7 @@ def aggregate(
         device=device,
         dtype=dtype,
         seed=seed,
+        process_group=process_group,
     )
     total = 0
     if known is not None:

@@ -66,7 +66,7 @@ class DenseAccumulator:
     def _fold(self, members: Sequence[Member], flats: Sequence[torch.Tensor]) -> None:
         for member in members:
             self.blocks.make_room(shapes_of(member.layout))
-            self._rescale(self.unit.admit(float(member.slot_weights.max())))
+            self._rescale(self.unit.admit(float(member.slot_weights.max(initial=0.0))))
         scales = [
             self.unit.of_all(member.slot_weights)
             * self.blocks.index.placed(member.layout).scalings

@@ -76,11 +76,10 @@ class MeanAccumulator:
         """Bytes held."""
         return sum(sums.nbytes for sums in self.blocks.sums) + self.whole.nbytes
 
-    def reserve(self, ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
+    def reserve_for(self, roster: Roster) -> None:
         """Makes room for modules whose largest ranks are known, which saves growing later."""
-        self.blocks.make_room(dict(shapes))
-        for bucket, sums in zip(self.blocks.buckets, self.blocks.sums, strict=True):
-            sums.grow(max(ranks[module] for module in bucket.modules))
+        self.blocks.make_room({name: (size.m, size.n) for name, size in roster.sizes.items()})
+        self._level(roster)
 
     def growing_bytes(self, ranks: Mapping[str, int]) -> int:
         """Bytes that growing to these ranks takes for a moment beside the sums themselves."""
@@ -120,7 +119,13 @@ class MeanAccumulator:
         """
         check_totals(self.totals)
         self.blocks.check_finite()
+        self._level(roster)
         return MeanSource(self.blocks, self.totals, self.whole.finish(), self.device)
+
+    def _level(self, roster: Roster) -> None:
+        """Grows every block to the rows of all modules of its shape, whichever came together."""
+        for bucket, sums in zip(self.blocks.buckets, self.blocks.sums, strict=True):
+            sums.grow(roster.width(bucket.m, bucket.n))
 
     def _add(self, member: Member, flat: torch.Tensor) -> None:
         self.blocks.make_room(shapes_of(member.layout))

@@ -98,7 +98,7 @@ class StackSource:
             [member.layout for member in members],
             [self._scales(member, totals) for member in members],
         )
-        self._dtypes = [self._common_dtype(bucket.modules) for bucket in self.index.buckets]
+        self._dtypes = [self._common_dtype((bucket.m, bucket.n)) for bucket in self.index.buckets]
         self.whole = HeldWhole(members, flats, device)
 
     @property
@@ -131,13 +131,7 @@ class StackSource:
         shares: Float64Array = member.slot_weights / np.array(divisors)
         return shares * self.index.placed(member.layout).scalings
 
-    def _common_dtype(self, modules: Sequence[str]) -> torch.dtype:
-        names = frozenset(modules)
+    def _common_dtype(self, shape: tuple[int, int]) -> torch.dtype:
         distinct = {member.layout.digest: member.layout for member in self._members}
-        return promoted(
-            span.dtype
-            for layout in distinct.values()
-            for slot in layout.slots
-            if slot.module in names
-            for span in (slot.a, slot.b)
-        )
+        found = [layout.dtypes_by_shape.get(shape) for layout in distinct.values()]
+        return promoted(dtype for dtype in found if dtype is not None)

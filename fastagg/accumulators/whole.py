@@ -16,7 +16,7 @@ from fastagg.errors import InvalidInput
 from fastagg.peft_format.layout import TensorSpan
 from fastagg.planning.roster import Member
 
-__all__ = ["HeldWhole", "SummedWhole", "WholeSums"]
+__all__ = ["HeldWhole", "SummedWhole", "WholeSums", "check_total"]
 
 # Elements averaged at a time; also the largest tensor whose running sum is kept in float64.
 BLOCK = 1 << 20
@@ -41,7 +41,7 @@ class HeldWhole:
             for span in member.layout.whole:
                 self._holders.setdefault(span.key, []).append((member, span))
         for key, holders in self._holders.items():
-            _check_total(key, sum(member.weight for member, _ in holders))
+            check_total(key, sum(member.weight for member, _ in holders))
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -82,18 +82,26 @@ class WholeSums:
     @staticmethod
     def bytes_for(spans: Sequence[TensorSpan]) -> int:
         """Bytes that the sums of these tensors take."""
-        return sum(span.count * _dtype_for(span.count).itemsize for span in spans)
+        return sum(span.count * WholeSums.dtype_for(span.count).itemsize for span in spans)
+
+    @staticmethod
+    def dtype_for(count: int) -> torch.dtype:
+        """Of the sum of a tensor of so many elements."""
+        return torch.float64 if count <= BLOCK else torch.float32
+
+    def make_room(self, span: TensorSpan) -> None:
+        """Allocates the sum of a tensor that has none yet."""
+        if span.key not in self.sums:
+            dtype = self.dtype_for(span.count)
+            self.sums[span.key] = torch.zeros(span.count, dtype=dtype, device=self.device)
+            self.totals[span.key] = 0.0
 
     def add(self, member: Member, flat: torch.Tensor) -> None:
         """Adds one client's tensors."""
         self._rescale(self.unit.admit(member.weight))
         weight = self.unit.of(member.weight)
         for span in member.layout.whole:
-            if span.key not in self.sums:
-                self.sums[span.key] = torch.zeros(
-                    span.count, dtype=_dtype_for(span.count), device=self.device
-                )
-                self.totals[span.key] = 0.0
+            self.make_room(span)
             sums = self.sums[span.key]
             for begin in range(0, span.count, BLOCK):
                 end = min(begin + BLOCK, span.count)
@@ -120,7 +128,7 @@ class WholeSums:
             InvalidInput: a tensor whose clients all have the weight 0.
         """
         for key, total in self.totals.items():
-            _check_total(key, total)
+            check_total(key, total)
         return SummedWhole(self)
 
     def _rescale(self, factor: float) -> None:
@@ -152,11 +160,12 @@ class SummedWhole:
             yield begin, end, (sums[begin:end].double() / total).cpu()
 
 
-def _dtype_for(count: int) -> torch.dtype:
-    return torch.float64 if count <= BLOCK else torch.float32
+def check_total(key: str, total: float) -> None:
+    """Refuses a whole tensor that the weights leave without an average.
 
-
-def _check_total(key: str, total: float) -> None:
+    Raises:
+        InvalidInput: no client of weight above zero has it.
+    """
     if not total > 0:
         raise InvalidInput(
             "every client that has this tensor has the weight 0",

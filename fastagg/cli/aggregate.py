@@ -13,9 +13,10 @@ import typer
 from fastagg.cli.failures import command, say
 from fastagg.cli.options import Folders, Force, Json, Out
 from fastagg.cli.printing import console, print_json, progress_bar
+from fastagg.cli.ranks import is_first, process_group
 
 if TYPE_CHECKING:
-    from fastagg.report import SkippedClient
+    from fastagg.report import Report, SkippedClient
 
 # The files of the package, listed: importing it would import torch for `--help`.
 _METHODS = sorted(
@@ -164,6 +165,15 @@ def aggregate(
             help="Leave invalid clients out and go on; they are named on stderr and in the report.",
         ),
     ] = False,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            metavar="SECONDS",
+            help="Under torchrun, how long a process waits for the others before it gives up and names "
+            "who is missing; longer than the slowest takes for its modules.",
+        ),
+    ] = 300,
     force: Force = False,
     dry_run: Annotated[
         bool,
@@ -181,6 +191,10 @@ def aggregate(
 
     A client is named after its folder; where names clash, after as much of its path as tells them
     apart: `a/adapter` and `b/adapter`.
+
+    `torchrun --nproc-per-node 8 -m fastagg aggregate ..` shares the modules out among the processes, on
+    one machine or several with one file system: each reads, holds and computes its own (`--max-memory`
+    is each one's), and OUT has the bytes that one process would write.
     """
     from fastagg.aggregator import Aggregator
     from fastagg.errors import InvalidInput
@@ -202,22 +216,30 @@ def aggregate(
     except InvalidInput as error:
         raise typer.BadParameter(str(error)) from None
     if dry_run:
-        _preview(folders, method, out, weights, wanted, skip_invalid, force, options, json_output)
+        if is_first():
+            _preview(folders, method, out, weights, wanted, skip_invalid, force, options, json_output)
         return
     from fastagg.folders.rounds import aggregate_folders
 
-    with progress_bar() as progress:
-        report = aggregate_folders(
-            folders,
-            out,
-            method=method,
-            weights=weights,
-            ranks=wanted,
-            skip_invalid=skip_invalid,
-            force=force,
-            progress=progress,
-            **options,
-        )
+    with process_group(device.value, timeout, as_json=json_output) as group:
+        with progress_bar(wanted=is_first()) as progress:
+            report = aggregate_folders(
+                folders,
+                out,
+                method=method,
+                weights=weights,
+                ranks=wanted,
+                skip_invalid=skip_invalid,
+                force=force,
+                progress=progress,
+                process_group=group,
+                **options,
+            )
+        if is_first():
+            _show(report, out, json_output)
+
+
+def _show(report: Report, out: Path, json_output: bool) -> None:
     _name_skipped(report.skipped)
     if json_output:
         print_json({"out": str(out), **report.to_dict()})

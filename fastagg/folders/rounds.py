@@ -12,6 +12,7 @@ from fastagg import methods
 from fastagg.adapter import Adapter
 from fastagg.aggregation import Aggregate
 from fastagg.aggregator import Aggregator
+from fastagg.distributed import agreeing
 from fastagg.errors import InvalidInput
 from fastagg.folders.weights_file import client_weights
 from fastagg.handouts.writer import Progress
@@ -109,13 +110,15 @@ def aggregate_folders(
         force: replace `out` where it exists.
         progress: called with how much is done, of how much, and the client or module at hand.
         options: those of :class:`fastagg.Aggregator`: max_memory, missing, accumulator, route,
-            device, dtype, seed.
+            device, dtype, seed, process_group. With the last, all processes make the same call and share
+            the modules; the first writes what is no tensor.
 
     Raises:
         InvalidInput: anything that cannot be aggregated, or `out` exists.
         MemoryBudgetExceeded: max_memory is not enough; the error says what would be.
     """
-    check_free(out, force=force, reading=folders)
+    with agreeing(options.get("process_group")):
+        check_free(out, force=force, reading=folders)
     round_ = FolderRound(folders, method=method, weights=weights, skip_invalid=skip_invalid, **options)
     result = round_.aggregate(progress)
     result.save(out, ranks, force=force, progress=progress)
@@ -153,11 +156,13 @@ class FolderRound:
         self.folders: dict[str, Path] = {}
         self.headers: dict[str, tuple[Layout, AdapterConfig]] = {}
         Aggregator(self.method, **options)  # refuses unusable options before reading anything
-        named = client_folders(folders)
-        self.weights = client_weights(weights, list(named))
+        self._processes = options.get("process_group")
+        with agreeing(self._processes):
+            named = client_folders(folders)
+            self.weights = client_weights(weights, list(named))
         roster = self._empty_roster()
         for client, folder in named.items():
-            with self._leaving_out(client, folder):
+            with self._leaving_out(client, folder), agreeing(self._processes):
                 # The mapping is dropped again: a thousand clients would need as many.
                 adapter = Adapter.load(folder)
                 roster.admit_header(client, adapter.layout, adapter.config)
@@ -213,7 +218,7 @@ class FolderRound:
             if progress is not None:
                 progress(done, len(clients), client)
             update = None
-            with self._leaving_out(client, folder):
+            with self._leaving_out(client, folder), agreeing(self._processes):
                 update = ClientUpdate.load(folder, self.weights[client], client)
             if update is not None:
                 yield update

@@ -62,9 +62,10 @@ class HandoutWriter:
     Several threads may write at once.
 
     Args:
-        sizes: of the modules. Every decomposition is as wide as the largest rank of a client at
-            least: up to that rank, a hand-out does not depend on which others were asked for (and
-            above it, or together with such, by rounding only).
+        sizes: of all modules of the round, of which the source may have a part. Every decomposition is
+            as wide as the largest rank of a client in any module of that shape at least: up to that
+            rank, a hand-out does not depend on which others were asked for (and above it, or together
+            with such, by rounding only).
         modules: what is found out about each module is noted here.
         limit: bytes that the work on one part may take; a part has one module at least.
     """
@@ -84,10 +85,12 @@ class HandoutWriter:
         self.handout = handout
         self.settings = settings
         self.limit = limit
-        self._widths = [
-            max(width_of(handout, sizes[module]) for module in bucket.modules)
-            for bucket in source.index.buckets
-        ]
+        self._sizes = sizes
+        self._widest: dict[tuple[int, int], int] = {}
+        for size in sizes.values():
+            width = max(self._widest.get((size.m, size.n), 0), width_of(handout, size))
+            self._widest[size.m, size.n] = width
+        self._widths = self._by_bucket(self._widest)
         self._modules = modules
         self._watch = watch
         self._peak = peak
@@ -123,7 +126,7 @@ class HandoutWriter:
     def workspace_bytes(self, targets: Sequence[Target] = ()) -> int:
         """Bytes that the work on one module takes at least, from above."""
         widths = self._widths_for(targets)
-        return max(max(self._module_bytes(*item)) for item in enumerate(widths))
+        return max((max(self._module_bytes(*item)) for item in enumerate(widths)), default=0)
 
     @property
     def held_bytes(self) -> int:
@@ -141,14 +144,16 @@ class HandoutWriter:
 
     def _widths_for(self, targets: Sequence[Target]) -> list[int]:
         """The rank of each bucket's decomposition when these targets are written."""
-        widths = list(self._widths)
+        widths = dict(self._widest)
         for target in targets:
             for slot in target.layout.slots:
-                if slot.module not in self.source.index.number:
-                    continue
-                bucket, _ = self.source.index.where(slot.module)
-                widths[bucket] = max(widths[bucket], slot.rank)
-        return widths
+                if slot.module in self._sizes:
+                    shape = (slot.m, slot.n)
+                    widths[shape] = max(widths[shape], slot.rank)
+        return self._by_bucket(widths)
+
+    def _by_bucket(self, widths: Mapping[tuple[int, int], int]) -> list[int]:
+        return [widths[bucket.m, bucket.n] for bucket in self.source.index.buckets]
 
     def _module_bytes(self, bucket: int, width: int) -> list[int]:
         shape = self.source.index.buckets[bucket]

@@ -10,7 +10,7 @@ import hashlib
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -96,15 +96,23 @@ class Layout:
         whole: tensors that are no factors (modules_to_save, embeddings, biases): averaged plainly.
         nbytes: length of the flat buffer.
         digest: hash of all that the layout depends on.
+        part_of: the layout that this has some tensors of; dtypes that clients have in common are those
+            of the whole, so that a part is computed as the whole would be.
     """
 
     def __init__(
-        self, slots: Iterable[Slot], whole: Iterable[TensorSpan], nbytes: int, digest: str
+        self,
+        slots: Iterable[Slot],
+        whole: Iterable[TensorSpan],
+        nbytes: int,
+        digest: str,
+        part_of: Layout | None = None,
     ) -> None:
         self.slots: tuple[Slot, ...] = tuple(sorted(slots, key=lambda slot: slot.module))
         self.whole: tuple[TensorSpan, ...] = tuple(sorted(whole, key=lambda span: span.key))
         self.nbytes = nbytes
         self.digest = digest
+        self.part_of = part_of
 
     @classmethod
     def of(
@@ -164,6 +172,15 @@ class Layout:
         digest = hash_of(repr((spans, [(slot.module, slot.scaling) for slot in made])))
         return cls(made, [spans[span.key] for span in others], nbytes, digest)
 
+    def part(self, modules: Collection[str], keys: Collection[str]) -> Layout:
+        """A layout of some modules' factors and some whole tensors alone, packed without a gap."""
+        slots = [slot for slot in self.slots if slot.module in modules]
+        whole = [span for span in self.whole if span.key in keys]
+        spans, nbytes = packed([*(span for slot in slots for span in (slot.a, slot.b)), *whole])
+        placed = [replace(slot, a=spans[slot.a.key], b=spans[slot.b.key]) for slot in slots]
+        digest = hash_of(self.digest, *spans)
+        return Layout(placed, [spans[span.key] for span in whole], nbytes, digest, self.part_of or self)
+
     @cached_property
     def tensors(self) -> tuple[TensorSpan, ...]:
         """Every tensor, by offset."""
@@ -173,7 +190,19 @@ class Layout:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of all factors, or float32 where they differ."""
+        if self.part_of is not None:
+            return self.part_of.dtype
         return promoted(span.dtype for slot in self.slots for span in (slot.a, slot.b))
+
+    @cached_property
+    def dtypes_by_shape(self) -> Mapping[tuple[int, int], torch.dtype]:
+        """(m, n) -> the dtype of the factors of all modules of that shape, float32 where they differ."""
+        if self.part_of is not None:
+            return self.part_of.dtypes_by_shape
+        found: dict[tuple[int, int], set[torch.dtype]] = {}
+        for slot in self.slots:
+            found.setdefault((slot.m, slot.n), set()).update((slot.a.dtype, slot.b.dtype))
+        return {shape: promoted(dtypes) for shape, dtypes in found.items()}
 
     @cached_property
     def by_module(self) -> Mapping[str, Slot]:
@@ -207,6 +236,10 @@ class Layout:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Between processes go headers: what is made of them is made again.
+        return Layout, (self.slots, self.whole, self.nbytes, self.digest, self.part_of)
 
     def __repr__(self) -> str:
         return f"Layout({len(self.slots)} modules, {len(self.whole)} whole, {self.nbytes} bytes)"

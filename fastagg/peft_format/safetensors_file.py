@@ -223,6 +223,11 @@ def header_bytes(
     return len(text).to_bytes(_PREFIX_BYTES, "little") + text
 
 
+def data_start(beginning: bytes) -> int:
+    """Where the tensors of a whole file begin, by its first eight bytes."""
+    return _PREFIX_BYTES + int.from_bytes(beginning[:_PREFIX_BYTES], "little")
+
+
 class MappedWriter:
     """A safetensors file that is filled in place through ``flat``; see :meth:`create`.
 

@@ -7,7 +7,7 @@ by compiled code, and are all that the ops need beside the clients' flat buffers
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -234,6 +234,13 @@ class WeightTotals:
         result.absent = self.absent + other.absent
         for module in sorted(self.total.keys() | other.total.keys()):
             result.total[module] = self._start(module) + other._start(module)
+        return result
+
+    def only(self, modules: Collection[str]) -> WeightTotals:
+        """The same of some modules alone."""
+        result = WeightTotals(self.missing)
+        result.absent = self.absent
+        result.total = {name: total for name, total in self.total.items() if name in modules}
         return result
 
     def _start(self, module: str) -> float:

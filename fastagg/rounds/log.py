@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastagg.distributed.share import Share
 from fastagg.handouts.target import Target
 from fastagg.planning.budget import PeakMemory
 from fastagg.planning.roster import Roster
@@ -48,6 +49,15 @@ class RoundLog:
                 self.clients[client].handout = target.name
                 self.clients[client].handout_bytes = target.layout.nbytes
         self.peak.sample()
+
+    def join(self, share: Share) -> None:
+        """Exchanges the figures of the modules; of times and memory, the most of any process."""
+        mine = {module: each for module, each in self.modules.items() if share.has(module)}
+        for modules, seconds in share.gather((mine, dict(self.watch.seconds))):
+            self.modules.update(modules)
+            for stage, spent in seconds.items():
+                self.watch.seconds[stage] = max(self.watch.seconds[stage], spent)
+        self.peak.bytes, self._bytes_written = share.most([self.peak.bytes, self._bytes_written])
 
     def report(self, method: str, accumulator: str, missing: str, base_effect: str) -> Report:
         """The report of what was done so far."""

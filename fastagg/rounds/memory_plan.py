@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumulator
 from fastagg.accumulators.staging import Staging
 from fastagg.accumulators.whole import WholeSums
+from fastagg.distributed.share import Share
 from fastagg.handouts.choices import Settings
 from fastagg.handouts.writer import module_bytes
 from fastagg.method import Method
@@ -47,6 +48,9 @@ class _Needs:
 @dataclass(frozen=True)
 class MemoryPlan:
     """The rules by which memory is spent: that of the device that adds up.
+
+    Whether dW is worth changing to is a question of the whole round, so that several processes choose
+    as one would; whether it fits, of the process that needs most.
 
     Attributes:
         budget: bytes that accumulator and workspace may take together; None: any.
@@ -88,7 +92,7 @@ class MemoryPlan:
 
     def turns_dense(
         self,
-        roster: Roster,
+        share: Share,
         accumulator: Accumulator,
         layouts: Sequence[Layout],
         joined: Accumulator | None = None,
@@ -107,19 +111,24 @@ class MemoryPlan:
         joins_sums = isinstance(joined, DenseAccumulator) and not isinstance(
             accumulator, DenseAccumulator
         )
-        if self.budget is None and not self._may_outgrow(roster, accumulator, layouts):
+        if self.budget is None and not self._may_outgrow(share.whole, accumulator, layouts):
             return joins_sums
-        needs = self._needs(roster, layouts)
+        outgrown = self._outgrown(self._needs(share.whole, layouts))
+        if self.budget is None and not joins_sums:
+            return outgrown
+        needs = self._needs_of_one(share, layouts)
+        (held,) = share.most([accumulator.nbytes])
         if joins_sums:
-            changing = accumulator.nbytes + needs.dense + needs.dense_work
+            changing = held + needs.dense + needs.dense_work
             self._require(changing, "turning the stack into dW")
             return True
         if self.settled == accumulator.kind:
             # The work beside a part of the clients may exceed that in the end: routes change.
             needs = replace(needs, stack_work=0, dense_work=0, means_work=0)
         if isinstance(accumulator, MeanAccumulator):
-            widths = roster.widths_with(layouts)
-            work = max(needs.means_work, accumulator.growing_bytes(widths))
+            own = [share.part_of(layout) for layout in layouts]
+            growing = accumulator.growing_bytes(share.own.widths_with(own))
+            work = max(needs.means_work, *share.most([growing]))
             self._require(needs.means + work, "the sum of the factors")
             return False
         if isinstance(accumulator, DenseAccumulator):
@@ -129,17 +138,16 @@ class MemoryPlan:
         if not self.may_change:
             self._require(staying, "the stack of all adapters")
             return False
-        changing = accumulator.nbytes + needs.dense + needs.dense_work
-        if self.budget is None:
-            return self._outgrown(needs)
-        if staying > self.budget or self._outgrown(needs):
+        changing = held + needs.dense + needs.dense_work
+        assert self.budget is not None
+        if staying > self.budget or outgrown:
             if changing > self.budget:
                 self._require(min(staying, changing), "adding this client")
             return changing <= self.budget
         later = needs.stack + needs.dense + needs.dense_work
         return changing <= self.budget < later
 
-    def choose(self, roster: Roster) -> tuple[str, int]:
+    def choose(self, share: Share) -> tuple[str, int]:
         """The accumulator for a round whose clients are all known, and the bytes that it takes.
 
         The stack, unless dW is smaller and worth it, or alone fits.
@@ -147,7 +155,7 @@ class MemoryPlan:
         Raises:
             MemoryBudgetExceeded: none fits; ``needed`` is the least that would.
         """
-        needs = self._needs(roster, ())
+        needs = self._needs_of_one(share, ())
         if "means" in self.method.accumulators:
             total = {"means": needs.means + needs.means_work}
         else:
@@ -156,12 +164,12 @@ class MemoryPlan:
                 "dense": needs.dense + needs.dense_work,
             }
         kinds = [kind for kind in total if self.allows(kind)]
-        if len(kinds) > 1 and self._outgrown(needs):
+        if len(kinds) > 1 and self._outgrown(self._needs(share.whole, ())):
             kinds.reverse()
         fitting = [kind for kind in kinds if self.budget is None or total[kind] <= self.budget]
         best = fitting[0] if fitting else min(kinds, key=lambda kind: total[kind])
         what = "the sum of the factors" if best == "means" else f"the {best} accumulator"
-        self._require(total[best], f"{what} of {len(roster)} clients")
+        self._require(total[best], f"{what} of {len(share.whole)} clients")
         return best, total[best]
 
     def check_held(self, nbytes: int) -> None:
@@ -182,6 +190,11 @@ class MemoryPlan:
 
     def _require(self, needed: int, what: str) -> None:
         require(needed, self.budget, what, _CURE)
+
+    def _needs_of_one(self, share: Share, layouts: Sequence[Layout]) -> _Needs:
+        """Of the process that needs most: a budget is each process's."""
+        needs = self._needs(share.own, [share.part_of(layout) for layout in layouts])
+        return _Needs(*share.most(astuple(needs)))
 
     def _needs(self, roster: Roster, layouts: Sequence[Layout]) -> _Needs:
         whole = WholeSums.bytes_for(roster.whole_with(layouts))
