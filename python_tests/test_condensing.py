@@ -26,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastagg import Aggregate, Aggregator
+from fastagg.accumulators import StackAccumulator
 from fastagg.errors import FastAggError, InvalidInput, MemoryBudgetExceeded
 from fastagg.report import Report
 
@@ -342,6 +343,23 @@ def test_errors_stay_with_a_round_that_becomes_dense(
             )
 
 
+def test_errors_in_sums_keep_up_with_a_weight_far_above_the_others(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    light = alike(4, seed, 16)
+    branch = node(light, 6)
+    monkeypatch.setattr("fastagg.rounds.memory_plan.WORTH_CHANGING", 0)
+    weight = 2.0**70
+    heavy = [client(f"h{k}", 16, seed=seed + 50 + k, weight=weight) for k in range(8)]
+    root = node([branch, *heavy], None)
+    assert root.accumulator_kind == "dense"
+    result = root.finalize()
+    share = sum(each.weight for each in light) / (8 * weight)
+    for module in result.modules:
+        cost = result.condensed_error(module) * float(result.delta(module).norm())
+        assert cost == pytest.approx(share * optimal_error(exact(light, module), 6), rel=1e-3)
+
+
 # Order, state, memory
 
 
@@ -567,7 +585,13 @@ def test_ctrl_c_leaves_the_round_as_it_was(seed: int, monkeypatch: pytest.Monkey
     monkeypatch.undo()
     assert same(before, aggregator.state_dict())
     branch = node(alike(6, seed)[3:], 4)
-    monkeypatch.setattr("fastagg.accumulators.StackAccumulator.merge", interrupted)
+    real = StackAccumulator.merge
+
+    def interrupted_late(*stacks: StackAccumulator) -> None:
+        real(*stacks)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StackAccumulator, "merge", interrupted_late)
     with pytest.raises(KeyboardInterrupt):
         aggregator.merge(branch)
     monkeypatch.undo()
