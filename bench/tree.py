@@ -191,10 +191,11 @@ def summed_up(
 def line(result: dict[str, Any]) -> str:
     """A row of the table."""
     kept = "all" if result["kept"] is None else str(result["kept"])
+    sent = f"{result['sent'] / 1e6:.2f} MB" if result["sent"] else "-"
     return (
         f"| {result['factors']} | {result['tree']} | {kept} | {result['excess']:.1e} | "
         f"{result['excess_of_dw']:.1e} | {result['lost']:.1e} | {result['stated']:.1e} | "
-        f"{result['sent'] / 1e6:.2f} MB | {result['seconds']:.2f} s |"
+        f"{sent} | {result['seconds']:.2f} s |"
     )
 
 
