@@ -192,9 +192,10 @@ class Aggregate:
 
         Returns:
             A (R, n) and B (m, R), float64, on the CPU: the clients' stack with p_k s_k multiplied
-            into A, or the averaged factors with their scalings in B. In float32 p_k s_k A_k would
-            be rounded once more than dW is, and could overflow where dW does not. None where the
-            accumulator, which memory may have chosen, kept dW alone: see :meth:`delta`.
+            into A (of clients that were condensed, what is kept), or the averaged factors with
+            their scalings in B. In float32 p_k s_k A_k would be rounded once more than dW is, and
+            could overflow where dW does not. None where the accumulator, which memory may have
+            chosen, kept dW alone: see :meth:`delta`.
 
         Raises:
             InvalidInput: no such module.
@@ -215,6 +216,23 @@ class Aggregate:
             return None
         a, b = chunk.exact_factors(0)
         return a.cpu(), b.cpu()
+
+    def condensed_error(self, module: str) -> float:
+        """Upper bound of what :meth:`fastagg.Aggregator.condense` cost a module.
+
+        |dW of the clients' own adapters - dW|_F / |dW|_F, the numerator alone where dW is 0; 0 where no
+        client was condensed. The error of a hand-out beside the clients' own dW is at most this and its
+        error beside dW. O(R^2 (m + n)) time.
+
+        Raises:
+            InvalidInput: no such module.
+        """
+        self._slot(module)
+        discarded = self._source.discarded.get(module, 0.0)
+        if not discarded:
+            return 0.0
+        bucket, place = self._source.index.where(module)
+        return discarded / (self._source.load(bucket, place, place + 1).norm(0) or 1.0)
 
     def add_delta(self, module: str, matrix: torch.Tensor, *, transposed: bool = False) -> None:
         """Adds dW of one module into an (m, n) matrix in place, or dW^T into an (n, m) one.

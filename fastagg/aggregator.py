@@ -144,7 +144,7 @@ class Aggregator:
         absent = self.method.weights.absent_weight(weight)
         member = Member(client, weight, layout, adapter.config, weights, absent)
         with self._watch.stage("fold"):
-            self._make_room([member])
+            self._make_room([member.layout])
             self._changing(self._change_by(self._share.member(member), own.adapter), [member])
         self._peak.sample()
 
@@ -207,8 +207,9 @@ class Aggregator:
         if not members:
             return
         with self._watch.stage("fold"):
-            self._make_room(members, other._accumulator)
+            self._make_room(other._held_layouts(), other._accumulator)
             self._changing(lambda: self._join(other._accumulator, members), members)
+            self._count_held()
         self._peak.sample()
 
     def combine(self, process_group: dist.ProcessGroup) -> Aggregator:
@@ -235,6 +236,7 @@ class Aggregator:
             self._check_usable()
             self._share.check_alone("combine")
             self._check_sums()
+            self._check_own_factors()
             same += [self.method.name, self.missing, self.accumulator, self.route, self.dtype, self.seed]
         result = Aggregator(
             self.method,
@@ -264,6 +266,41 @@ class Aggregator:
         bring_clients(share, stacks, flats, result._accumulator)
         result._plan = replace(result._plan, settled=None)  # more clients may be added
         return result
+
+    def condense(self, rank: int) -> None:
+        """Gives the clients' adapters up for the best approximation of their weighted sum of this rank.
+
+        For the inner nodes of a tree of servers: add or :meth:`merge`, condense, send the
+        :meth:`state_dict` up. What is held is one float32 adapter, whatever the number of clients; who
+        took part is kept, so that the round goes on as before: other clients' weights, more clients,
+        another condensing, each client's own hand-out. Whole tensors (modules_to_save) are averaged as
+        ever. In a module of m x n whose clients' ranks add up to R, min(rank, R, m, n) is kept: to
+        rounding (a few 1e-7 |dW|) nothing is lost where that is R, m or n. Where R is not above the rank
+        in any module, and no two clients share a whole tensor, nothing is changed at all.
+
+        The error of each module, |weighted average - what is kept|_F, is measured. The errors of all
+        levels add up to a bound (the triangle inequality), which stays with the state and is told by
+        :meth:`Aggregate.condensed_error` and the report. A hand-out of rank r is as good as a kept
+        rank leaves it: take 2r at least, r being the largest of the clients, and a tree that is wide
+        and shallow.
+
+        Args:
+            rank: from 1; what is kept of each module.
+
+        Raises:
+            InvalidInput: not a rank; a method that hands out factors (flora) or their means, or the
+                accumulator "dense", asked for by name; nothing is changed then.
+            MemoryBudgetExceeded: the work beside the accumulator does not fit; nothing is changed then.
+        """
+        from fastagg.rounds.condensing import condensed
+
+        self._check_usable()
+        self._share.check_alone("condense")
+        self._check_sums()
+        self._accumulator = condensed(
+            self._roster, self._accumulator, rank, self._plan, self._watch, self._peak
+        )
+        self._count_held()
 
     def finalize(self) -> Aggregate:
         """Hands the round over; the aggregator is empty then and ready for the next.
@@ -329,6 +366,7 @@ class Aggregator:
             self.device,
         )
         self._reset(share=self._new_share(roster), accumulator=accumulator)
+        self._count_held()
 
     def __repr__(self) -> str:
         return (
@@ -371,13 +409,21 @@ class Aggregator:
     def _empty_dense(self) -> DenseAccumulator:
         return DenseAccumulator(self.device, self.missing, self._plan.fold_limit)
 
-    def _make_room(self, members: Sequence[Member], joined: Accumulator | None = None) -> None:
-        layouts = [member.layout for member in members]
+    def _held_layouts(self) -> list[Layout]:
+        members = self._roster.sorted()
+        if isinstance(self._accumulator, StackAccumulator):
+            return self._accumulator.layouts(members)
+        return [member.layout for member in members]
+
+    def _count_held(self) -> None:
+        if isinstance(self._accumulator, StackAccumulator) and self._accumulator.condensed:
+            self._roster.hold(self._held_layouts())
+
+    def _make_room(self, layouts: Sequence[Layout], joined: Accumulator | None = None) -> None:
         if self._plan.turns_dense(self._share, self._accumulator, layouts, joined):
             assert isinstance(self._accumulator, StackAccumulator)
-            held = self._share.own.sorted()
             dense = self._empty_dense()
-            dense.add(held, [self._accumulator.flats[member.client] for member in held])
+            dense.take(self._accumulator, self._share.own.sorted())
             self._accumulator = dense
 
     def _join(self, theirs: Accumulator, members: Sequence[Member]) -> None:
@@ -385,7 +431,8 @@ class Aggregator:
         if isinstance(theirs, StackAccumulator) and isinstance(ours, StackAccumulator):
             ours.merge(theirs)
         elif isinstance(theirs, StackAccumulator):
-            ours.add(members, [theirs.flats[member.client] for member in members])
+            assert isinstance(ours, DenseAccumulator)
+            ours.take(theirs, members)
         elif isinstance(theirs, DenseAccumulator):
             assert isinstance(ours, DenseAccumulator)
             ours.merge(theirs)
@@ -441,6 +488,14 @@ class Aggregator:
     def _check_sums(self) -> None:
         if not isinstance(self._accumulator, StackAccumulator):
             self._accumulator.blocks.check_finite()
+
+    def _check_own_factors(self) -> None:
+        if isinstance(self._accumulator, StackAccumulator) and self._accumulator.condensed:
+            raise InvalidInput(
+                "the adapters of some clients were condensed, and cannot be parted by modules any more",
+                field="condense",
+                cure="Merge the states of such aggregators, or combine before anything is condensed",
+            )
 
     def _check_like(self, other: Aggregator) -> None:
         for field in ("method", "missing", "accumulator", "route", "dtype", "seed"):

@@ -54,3 +54,27 @@ class Method:
             expected=" or ".join(usable),
             got=repr(kind),
         )
+
+    def check_condensing(self) -> None:
+        """Whether clients' adapters may be replaced by a truncation of their weighted sum.
+
+        Raises:
+            InvalidInput: what the method hands out does not follow from dW.
+        """
+        if "stack" not in self.accumulators:
+            raise InvalidInput(
+                f"method {self.name} averages the factors: its sums do not grow with the clients, and "
+                "they are no product that could be truncated",
+                field="condense",
+                expected="flexlora, or another method that truncates dW",
+                got=self.name,
+                cure="Send the state as it is",
+            )
+        if not self.handout.ranked:
+            raise InvalidInput(
+                f"method {self.name} hands out the clients' own factors, which a truncation drops",
+                field="condense",
+                expected="flexlora, or another method that truncates dW",
+                got=self.name,
+                cure="Merge the states as they are, which is exact, or aggregate with method flexlora",
+            )

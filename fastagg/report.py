@@ -13,7 +13,9 @@ from typing import Any
 
 __all__ = ["SCHEMA", "ClientReport", "ModuleReport", "Report", "SkippedClient", "Stopwatch"]
 
-SCHEMA = 1
+SCHEMA = 2
+# Schema 1 had no condensed_error.
+_READABLE = (1, SCHEMA)
 
 STAGES = ("read", "validate", "fold", "stack", "svd", "redistribute", "write")
 
@@ -58,6 +60,8 @@ class ModuleReport:
         kept: rank -> share of |dW|_F^2 that it keeps.
         certificate: upper bound of (error^2 - optimal^2) / |dW|_F^2 at the largest rank.
         numerical_rank: columns that carry weight.
+        condensed_error: upper bound of |dW of the clients' own adapters - dW|_F / |dW|_F, what
+            condensing between the levels of a tree cost; 0 where nothing was condensed.
     """
 
     module: str
@@ -70,6 +74,7 @@ class ModuleReport:
     kept: dict[int, float] = field(default_factory=dict)
     certificate: float | None = None
     numerical_rank: int | None = None
+    condensed_error: float | None = None
 
 
 @dataclass
@@ -122,11 +127,11 @@ class Report:
         Raises:
             ValueError: another schema.
         """
-        if fields.get("schema") != SCHEMA:
+        if fields.get("schema") not in _READABLE:
             raise ValueError(
                 f"a report of schema {SCHEMA} was expected, got {fields.get('schema')!r}"
             )
-        values = dict(fields)
+        values = {**fields, "schema": SCHEMA}
         values["clients"] = [ClientReport(**client) for client in values["clients"]]
         values["skipped"] = [SkippedClient(**client) for client in values["skipped"]]
         values["modules"] = [

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from fastagg.accumulators.held import Held
 from fastagg.accumulators.source import Chunk, launch_stack, refuse_nonfinite
 from fastagg.errors import InvalidInput
 from fastagg.peft_format.layout import promoted
@@ -48,7 +49,7 @@ class Blocks(Generic[T]):
 
     def stacks(
         self,
-        members: Sequence[Member],
+        members: Sequence[Member] | Sequence[Held],
         flats: Sequence[torch.Tensor],
         scales: Sequence[Float64Array],
         dtype: torch.dtype | None = None,

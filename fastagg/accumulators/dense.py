@@ -7,13 +7,16 @@ rank r or less, so two orders of arrival agree to twice that, not to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from fastagg import ops
 from fastagg.accumulators.blocks import Blocks
+from fastagg.accumulators.held import Held
 from fastagg.accumulators.source import Chunk
+from fastagg.accumulators.stack import StackAccumulator
 from fastagg.accumulators.staging import Staging
 from fastagg.accumulators.weights import WeightUnit, check_totals
 from fastagg.accumulators.whole import SummedWhole, WholeSums
@@ -31,6 +34,7 @@ class DenseAccumulator:
     """sum_k w_k s_kj B_kj A_kj for each module j, (m, n) in float32, and the sums of the weights.
 
     Attributes:
+        discarded: module -> upper bound, in the sums' unit, of what condensing clients cost its sum.
         divided: ``finish`` has begun to divide the sums.
     """
 
@@ -45,6 +49,7 @@ class DenseAccumulator:
         self.totals = WeightTotals(missing)
         self.unit = WeightUnit()
         self.whole = WholeSums(device)
+        self.discarded: dict[str, float] = {}
         self.divided = False
 
     @property
@@ -57,27 +62,44 @@ class DenseAccumulator:
 
         Buffers that are elsewhere come to the device one after the other, each to be added alone.
         """
+        held = [Held.of(member, flat) for member, flat in zip(members, flats, strict=True)]
         if all(flat.device == self.device for flat in flats):
-            self._fold(members, flats)
-            return
-        for member, flat in zip(members, flats, strict=True):
-            self._fold([member], [self.staging.bring(flat)])
-
-    def _fold(self, members: Sequence[Member], flats: Sequence[torch.Tensor]) -> None:
+            self._fold(held)
+        else:
+            for each in held:
+                self._fold([replace(each, flat=self.staging.bring(each.flat))])
         for member in members:
-            self.blocks.make_room(shapes_of(member.layout))
-            self._rescale(self.unit.admit(float(member.slot_weights.max(initial=0.0))))
+            self.totals.add(member)
+
+    def take(self, stack: StackAccumulator, members: Sequence[Member]) -> None:
+        """Adds the clients of a stack, who are the members; it stays as it is."""
+        own = [member for member in members if member.client in stack.flats]
+        if own:
+            self.add(own, [stack.flats[member.client] for member in own])
+        for group in stack.condensed:
+            self._fold([replace(group, flat=self.staging.bring(group.flat))])
+            for slot, weight, error in zip(
+                group.layout.slots, self.unit.of_all(group.slot_weights), group.errors, strict=True
+            ):
+                cost = self.discarded.get(slot.module, 0.0) + float(weight * error)
+                self.discarded[slot.module] = cost
+        for member in members:
+            if member.client not in stack.flats:
+                self.totals.add(member)
+
+    def _fold(self, held: Sequence[Held]) -> None:
+        for each in held:
+            self.blocks.make_room(shapes_of(each.layout))
+            self._rescale(self.unit.admit(float(each.slot_weights.max(initial=0.0))))
         scales = [
-            self.unit.of_all(member.slot_weights)
-            * self.blocks.index.placed(member.layout).scalings
-            for member in members
+            self.unit.of_all(each.slot_weights) * self.blocks.index.placed(each.layout).scalings
+            for each in held
         ]
-        for block, lo, hi, chunk in self.blocks.stacks(members, flats, scales):
+        for block, lo, hi, chunk in self.blocks.stacks(held, [each.flat for each in held], scales):
             a, bt = chunk.factors
             ops.reconstruct_(self.blocks.sums[block][lo:hi], a, bt, chunk.coefficients)
-        for member, flat in zip(members, flats, strict=True):
-            self.totals.add(member)
-            self.whole.add(member, flat)
+        for each in held:
+            self.whole.add(each)
 
     def merge(self, other: DenseAccumulator) -> None:
         """Adds the sums of other clients; ``other`` stays as it is."""
@@ -88,6 +110,8 @@ class DenseAccumulator:
             for place, module in enumerate(bucket.modules):
                 block, mine = self.blocks.index.where(module)
                 self.blocks.sums[block][mine].add_(sums[place].to(self.device), alpha=ratio)
+        for module, cost in other.discarded.items():
+            self.discarded[module] = self.discarded.get(module, 0.0) + ratio * cost
         self.totals = self.totals.merged(other.totals)
         self.whole.merge(other.whole)
 
@@ -101,10 +125,31 @@ class DenseAccumulator:
         self.blocks.check_finite()
         whole = self.whole.finish()
         self.divided = True
+        shares = self._shares(self.totals)
+        for sums, share in zip(self.blocks.sums, shares, strict=True):
+            sums.mul_(share)
+        return DenseSource(self.blocks, whole, self.device, self._discarded(self.totals))
+
+    def averages(self, totals: WeightTotals) -> DenseAverages:
+        """The aggregate divided by these sums of the weights; the accumulator stays as it is."""
+        whole = SummedWhole(self.whole)
+        discarded = self._discarded(totals)
+        return DenseAverages(self.blocks, whole, self.device, discarded, self._shares(totals))
+
+    def _shares(self, totals: WeightTotals) -> list[torch.Tensor]:
+        """What each block's sums are multiplied by, (L, 1, 1)."""
+        shares = []
         for bucket, sums in zip(self.blocks.buckets, self.blocks.sums, strict=True):
-            shares = [1.0 / self.unit.of(self.totals.total[module]) for module in bucket.modules]
-            sums.mul_(uploaded(torch.tensor(shares, dtype=sums.dtype), sums.device)[:, None, None])
-        return DenseSource(self.blocks, whole, self.device)
+            values = [1.0 / self.unit.of(totals.total[module]) for module in bucket.modules]
+            on_device = uploaded(torch.tensor(values, dtype=sums.dtype), sums.device)
+            shares.append(on_device[:, None, None])
+        return shares
+
+    def _discarded(self, totals: WeightTotals) -> dict[str, float]:
+        return {
+            module: cost / self.unit.of(totals.total[module])
+            for module, cost in self.discarded.items()
+        }
 
     def _zeros(self, bucket: Bucket) -> torch.Tensor:
         shape = (len(bucket.modules), bucket.m, bucket.n)
@@ -114,6 +159,7 @@ class DenseAccumulator:
         if factor != 1.0:
             for sums in self.blocks.sums:
                 sums.mul_(factor)
+            self.discarded = {module: factor * cost for module, cost in self.discarded.items()}
 
 
 class DenseSource:
@@ -122,11 +168,16 @@ class DenseSource:
     kind = "dense"
 
     def __init__(
-        self, blocks: Blocks[torch.Tensor], whole: SummedWhole, device: torch.device
+        self,
+        blocks: Blocks[torch.Tensor],
+        whole: SummedWhole,
+        device: torch.device,
+        discarded: Mapping[str, float],
     ) -> None:
         self.index = blocks.index
         self.whole = whole
         self.device = device
+        self.discarded = discarded
         self._sums = blocks.sums
 
     @property
@@ -162,6 +213,27 @@ class DenseSource:
             got="'dense'",
             cure="Aggregate with accumulator='stack' and a max_memory that holds all adapters",
         )
+
+
+class DenseAverages(DenseSource):
+    """dW of every module, divided as it is read: a copy of some modules at a time."""
+
+    def __init__(
+        self,
+        blocks: Blocks[torch.Tensor],
+        whole: SummedWhole,
+        device: torch.device,
+        discarded: Mapping[str, float],
+        shares: Sequence[torch.Tensor],
+    ) -> None:
+        super().__init__(blocks, whole, device, discarded)
+        self._shares = shares
+
+    def load(self, bucket: int, lo: int, hi: int) -> Chunk:
+        """dW of some modules."""
+        chunk = super().load(bucket, lo, hi)
+        assert chunk.dense is not None
+        return replace(chunk, dense=chunk.dense * self._shares[bucket][lo:hi])
 
 
 def shapes_of(layout: Layout) -> dict[str, tuple[int, int]]:

@@ -16,6 +16,7 @@ import torch
 
 from fastagg.accumulators.blocks import Blocks
 from fastagg.accumulators.dense import shapes_of
+from fastagg.accumulators.held import Held
 from fastagg.accumulators.source import Chunk
 from fastagg.accumulators.staging import Staging
 from fastagg.accumulators.weights import check_totals
@@ -145,7 +146,7 @@ class MeanAccumulator:
             sums.a[lo:hi, :rank].add_(a[:, :rank].double().mul_(self._column(of_a)))
             sums.bt[lo:hi, :rank].add_(bt[:, :rank].double().mul_(of_b))
         self.totals.add(member)
-        self.whole.add(member, flat)
+        self.whole.add(Held.of(member, flat))
 
     def _column(self, values: Sequence[float]) -> torch.Tensor:
         return uploaded(torch.tensor(values, dtype=torch.float64), self.device)[:, None, None]
@@ -172,6 +173,7 @@ class MeanSource:
         self.index = blocks.index
         self.whole = whole
         self.device = device
+        self.discarded: Mapping[str, float] = {}
         self._sums = blocks.sums
         self._totals = totals
 

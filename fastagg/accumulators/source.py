@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +44,13 @@ class Chunk:
         assert self.a is not None
         assert self.bt is not None
         return self.a, self.bt
+
+    def norm(self, place: int) -> float:
+        """|dW|_F of one module, in float64."""
+        if self.dense is not None:
+            return float(torch.linalg.vector_norm(self.dense[place], dtype=torch.float64))
+        a, b = self.exact_factors(place)
+        return float(((a @ a.mT) * (b.mT @ b)).sum().clamp(min=0).sqrt())
 
     def exact_factors(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A (R, n) and B (m, R) of one module in float64, dW = B A; not where dW itself is held.
@@ -157,6 +164,9 @@ class WholeAverages(Protocol):
     def keys(self) -> tuple[str, ...]:
         """Their keys, sorted."""
 
+    def total(self, key: str) -> float:
+        """The sum of the weights of those that have a tensor."""
+
     def blocks(self, key: str) -> Iterator[tuple[int, int, torch.Tensor]]:
         """The average of one tensor, flattened, as (begin, end, values) some elements at a time.
 
@@ -182,6 +192,10 @@ class Source(Protocol):
     @property
     def whole(self) -> WholeAverages:
         """The averages of the tensors that are no factors."""
+
+    @property
+    def discarded(self) -> Mapping[str, float]:
+        """Module -> upper bound of |dW of the clients' own adapters - dW|_F; none where that is 0."""
 
     @property
     def nbytes(self) -> int:

@@ -10,7 +10,7 @@ from fastagg.errors import InvalidInput
 from fastagg.planning.plan import WeightTotals
 from fastagg.planning.roster import Float64Array
 
-__all__ = ["WeightUnit", "check_totals"]
+__all__ = ["WeightUnit", "check_sums", "check_totals"]
 
 # How far a later weight may outgrow the unit before the sums are rescaled.
 _HEADROOM = 60
@@ -60,11 +60,11 @@ def _power(exponent: int) -> float:
     return math.ldexp(1.0, max(exponent, -1000))
 
 
-def check_totals(totals: WeightTotals) -> None:
-    """Refuses a round whose weights leave a module without an average.
+def check_sums(totals: WeightTotals) -> None:
+    """Refuses weights whose sum is no number.
 
     Raises:
-        InvalidInput: no client of weight above zero has the module (or any at all).
+        InvalidInput: it is above the range of float64.
     """
     if any(math.isinf(total) for total in totals.total.values()):
         raise InvalidInput(
@@ -73,6 +73,15 @@ def check_totals(totals: WeightTotals) -> None:
             expected="a sum below 1e308",
             cure="Divide all weights by one factor: only their ratios count",
         )
+
+
+def check_totals(totals: WeightTotals) -> None:
+    """Refuses a round whose weights leave a module without an average.
+
+    Raises:
+        InvalidInput: no client of weight above zero has the module (or any at all).
+    """
+    check_sums(totals)
     empty = [module for module, total in totals.total.items() if not total > 0]
     if not empty:
         return

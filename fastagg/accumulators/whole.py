@@ -6,17 +6,17 @@ know: the weights are renormalised over the clients that have it, whatever ``mis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
+from fastagg.accumulators.held import Held
 from fastagg.accumulators.weights import WeightUnit
 from fastagg.errors import InvalidInput
 from fastagg.peft_format.layout import TensorSpan
-from fastagg.planning.roster import Member
 
-__all__ = ["HeldWhole", "SummedWhole", "WholeSums", "check_total"]
+__all__ = ["HeldWhole", "SummedWhole", "WholeSums", "check_total", "sum_dtype"]
 
 # Elements averaged at a time; also the largest tensor whose running sum is kept in float64.
 BLOCK = 1 << 20
@@ -29,34 +29,43 @@ def elements(flat: torch.Tensor, span: TensorSpan, begin: int, end: int) -> torc
 
 
 class HeldWhole:
-    """Averages of tensors of which every client's own is held: in the order of the members' ids."""
+    """Averages of tensors of which every client's own is held, or an average of some: in their order."""
 
-    def __init__(
-        self, members: Sequence[Member], flats: Mapping[str, torch.Tensor], device: torch.device
-    ) -> None:
-        self._holders: dict[str, list[tuple[Member, TensorSpan]]] = {}
-        self._flats = flats
+    def __init__(self, held: Sequence[Held], device: torch.device) -> None:
+        self._holders: dict[str, list[tuple[float, torch.Tensor, TensorSpan]]] = {}
         self._device = device
-        for member in members:
-            for span in member.layout.whole:
-                self._holders.setdefault(span.key, []).append((member, span))
-        for key, holders in self._holders.items():
-            check_total(key, sum(member.weight for member, _ in holders))
+        for each in held:
+            for span, weight in zip(each.layout.whole, each.whole_weights.tolist(), strict=True):
+                self._holders.setdefault(span.key, []).append((weight, each.flat, span))
 
     @property
     def keys(self) -> tuple[str, ...]:
         return tuple(sorted(self._holders))
 
+    def total(self, key: str) -> float:
+        """The sum of the weights of those that have a tensor."""
+        return sum(weight for weight, _, _ in self._holders[key])
+
+    def check(self) -> None:
+        """Refuses weights that leave a tensor without an average.
+
+        Raises:
+            InvalidInput: a tensor whose clients all have the weight 0.
+        """
+        for key in self._holders:
+            check_total(key, self.total(key))
+
     def blocks(self, key: str) -> Iterator[tuple[int, int, torch.Tensor]]:
         holders = self._holders[key]
-        weights = np.array([member.weight for member, _ in holders])
-        shares = (weights / weights.max()) / (weights / weights.max()).sum()
-        count = holders[0][1].count
+        weights = np.array([weight for weight, _, _ in holders])
+        largest = weights.max() or 1.0
+        shares = (weights / largest) / ((weights / largest).sum() or 1.0)
+        count = holders[0][2].count
         for begin in range(0, count, BLOCK):
             end = min(begin + BLOCK, count)
             total = torch.zeros(end - begin, dtype=torch.float64, device=self._device)
-            for (member, span), share in zip(holders, shares, strict=True):
-                values = elements(self._flats[member.client], span, begin, end)
+            for (_, flat, span), share in zip(holders, shares, strict=True):
+                values = elements(flat, span, begin, end)
                 total.add_(values.double(), alpha=float(share))
             yield begin, end, total.cpu()
 
@@ -82,32 +91,26 @@ class WholeSums:
     @staticmethod
     def bytes_for(spans: Sequence[TensorSpan]) -> int:
         """Bytes that the sums of these tensors take."""
-        return sum(span.count * WholeSums.dtype_for(span.count).itemsize for span in spans)
-
-    @staticmethod
-    def dtype_for(count: int) -> torch.dtype:
-        """Of the sum of a tensor of so many elements."""
-        return torch.float64 if count <= BLOCK else torch.float32
+        return sum(span.count * sum_dtype(span.count).itemsize for span in spans)
 
     def make_room(self, span: TensorSpan) -> None:
         """Allocates the sum of a tensor that has none yet."""
         if span.key not in self.sums:
-            dtype = self.dtype_for(span.count)
+            dtype = sum_dtype(span.count)
             self.sums[span.key] = torch.zeros(span.count, dtype=dtype, device=self.device)
             self.totals[span.key] = 0.0
 
-    def add(self, member: Member, flat: torch.Tensor) -> None:
-        """Adds one client's tensors."""
-        self._rescale(self.unit.admit(member.weight))
-        weight = self.unit.of(member.weight)
-        for span in member.layout.whole:
+    def add(self, held: Held) -> None:
+        """Adds one client's tensors, or the averages of some clients."""
+        self._rescale(self.unit.admit(float(held.whole_weights.max(initial=0.0))))
+        for span, weight in zip(held.layout.whole, held.whole_weights.tolist(), strict=True):
             self.make_room(span)
             sums = self.sums[span.key]
             for begin in range(0, span.count, BLOCK):
                 end = min(begin + BLOCK, span.count)
-                values = elements(flat, span, begin, end)
-                sums[begin:end].add_(values.to(sums.dtype), alpha=weight)
-            self.totals[span.key] += member.weight
+                values = elements(held.flat, span, begin, end)
+                sums[begin:end].add_(values.to(sums.dtype), alpha=self.unit.of(weight))
+            self.totals[span.key] += weight
 
     def merge(self, other: WholeSums) -> None:
         """Adds the sums of other clients."""
@@ -152,12 +155,22 @@ class SummedWhole:
     def keys(self) -> tuple[str, ...]:
         return tuple(sorted(self._sums.sums))
 
+    def total(self, key: str) -> float:
+        """The sum of the weights of those that have a tensor."""
+        return self._sums.totals[key]
+
     def blocks(self, key: str) -> Iterator[tuple[int, int, torch.Tensor]]:
         sums = self._sums.sums[key]
-        total = self._sums.unit.of(self._sums.totals[key])
+        # A sum of tensors of weight 0 is 0.
+        total = self._sums.unit.of(self._sums.totals[key]) or 1.0
         for begin in range(0, sums.numel(), BLOCK):
             end = min(begin + BLOCK, sums.numel())
             yield begin, end, (sums[begin:end].double() / total).cpu()
+
+
+def sum_dtype(count: int) -> torch.dtype:
+    """Of the sum, or the average, of tensors of so many elements."""
+    return torch.float64 if count <= BLOCK else torch.float32
 
 
 def check_total(key: str, total: float) -> None:

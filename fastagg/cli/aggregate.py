@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,9 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastagg.cli.failures import command, say
-from fastagg.cli.options import Folders, Force, Json, Out
-from fastagg.cli.printing import console, print_json, progress_bar
-from fastagg.cli.ranks import is_first, process_group
+from fastagg.cli.options import (
+    Condense,
+    Folders,
+    Force,
+    Json,
+    OutOrState,
+    State,
+    check_one,
+    check_ranks,
+    parsed_ranks,
+)
+from fastagg.cli.printing import console, print_json, print_state, progress_bar
+from fastagg.cli.ranks import is_alone, is_first, process_group
 
 if TYPE_CHECKING:
     from fastagg.report import Report, SkippedClient
@@ -74,21 +83,6 @@ def _method(name: str) -> str:
     raise typer.BadParameter(f"{name!r} is none of {', '.join(_METHODS)}; did you mean {near[0]!r}?")
 
 
-def _ranks(text: str | None) -> str | None:
-    if text is not None:
-        _parsed_ranks(text)
-    return text
-
-
-def _parsed_ranks(text: str) -> list[int]:
-    from fastagg.errors import short
-
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch("0*[1-9][0-9]{0,8}", part) for part in parts):
-        raise typer.BadParameter(f"expected ranks above 0 such as 4,8,16, got {short(text)}")
-    return sorted({int(part) for part in parts})
-
-
 @command
 def aggregate(
     folders: Folders,
@@ -103,7 +97,7 @@ def aggregate(
             show_default=False,
         ),
     ],
-    out: Out,
+    out: OutOrState = None,
     weights: Annotated[
         Path | None,
         typer.Option(
@@ -117,7 +111,7 @@ def aggregate(
     ranks: Annotated[
         str | None,
         typer.Option(
-            callback=_ranks,
+            callback=check_ranks,
             metavar="4,8",
             help="Hand out adapters of these ranks instead of the clients' own; each client gets "
             "the largest that is not above its own, else the smallest.",
@@ -158,6 +152,8 @@ def aggregate(
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Of the randomized decomposition.")
     ] = 0,
+    state: State = None,
+    condense: Condense = None,
     skip_invalid: Annotated[
         bool,
         typer.Option(
@@ -196,6 +192,11 @@ def aggregate(
     one machine or several with one file system: each reads, holds and computes its own (`--max-memory`
     is each one's), and OUT has the bytes that one process would write.
     """
+    check_one(out, state, condense, ranks)
+    if state is not None and not is_alone():
+        raise typer.BadParameter("--state is for one process: run it without torchrun")
+    if dry_run and out is None:
+        raise typer.BadParameter("--dry-run is for --out: it shows what would be handed out")
     from fastagg.aggregator import Aggregator
     from fastagg.errors import InvalidInput
 
@@ -208,17 +209,21 @@ def aggregate(
         "dtype": None if dtype is None else dtype.value,
         "seed": seed,
     }
-    wanted = None if ranks is None else _parsed_ranks(ranks)
+    wanted = None if ranks is None else parsed_ranks(ranks)
     try:
         handout = Aggregator(method, **options).method.handout
         if wanted is not None and not handout.ranked:
             handout.check_rank(wanted[0], wanted[0])
     except InvalidInput as error:
         raise typer.BadParameter(str(error)) from None
-    if dry_run:
+    if dry_run and out is not None:
         if is_first():
             _preview(folders, method, out, weights, wanted, skip_invalid, force, options, json_output)
         return
+    if state is not None:
+        _save_state(folders, method, state, weights, condense, skip_invalid, force, options, json_output)
+        return
+    assert out is not None
     from fastagg.folders.rounds import aggregate_folders
 
     with process_group(device.value, timeout, as_json=json_output) as group:
@@ -278,6 +283,35 @@ def _preview(
     from fastagg.cli.report_tables import preview_tables
 
     console().print(*preview_tables(found), sep="\n")
+
+
+def _save_state(
+    folders: list[Path],
+    method: str,
+    state: Path,
+    weights: Path | None,
+    condense: int | None,
+    skip_invalid: bool,
+    force: bool,
+    options: dict[str, Any],
+    json_output: bool,
+) -> None:
+    from fastagg.folders.states import state_of_folders
+
+    with progress_bar() as progress:
+        saved = state_of_folders(
+            folders,
+            state,
+            method=method,
+            weights=weights,
+            condense=condense,
+            skip_invalid=skip_invalid,
+            force=force,
+            progress=progress,
+            **options,
+        )
+    _name_skipped(saved.skipped)
+    print_state(saved, as_json=json_output)
 
 
 def _name_skipped(skipped: Any) -> None:

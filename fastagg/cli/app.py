@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from fastagg.cli import aggregate, bench, compare, demo, info, inspect, merge, simulate, validate
+from fastagg.cli import (
+    aggregate,
+    bench,
+    combine,
+    compare,
+    demo,
+    info,
+    inspect,
+    merge,
+    simulate,
+    validate,
+)
 from fastagg.cli.failures import INTERRUPTED, say, unwind_on_termination
 
 app = typer.Typer(
@@ -42,7 +53,7 @@ def root(
     """Exact server-side aggregation of LoRA adapters of different ranks."""
 
 
-for module in (aggregate, merge, inspect, validate, simulate, compare, bench, info, demo):
+for module in (aggregate, combine, merge, inspect, validate, simulate, compare, bench, info, demo):
     module.register(app)
 
 

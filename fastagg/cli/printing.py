@@ -12,11 +12,30 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fastagg.folders.rounds import Progress
+    from fastagg.folders.states import StateReport
 
 
 def print_json(document: Any) -> None:
     """One JSON document; not-a-number and infinity, which JSON has not, become null."""
     print(json.dumps(_finite(document), indent=2))
+
+
+def print_state(saved: StateReport, *, as_json: bool) -> None:
+    """A state that was written."""
+    if as_json:
+        print_json(saved.to_dict())
+        return
+    from fastagg.byte_sizes import format_bytes
+    from fastagg.cli.tables import facts
+
+    rows = {
+        "written": f"{saved.state}: {format_bytes(saved.bytes)}",
+        "clients": len(saved.clients),
+        "held": saved.accumulator
+        + ("" if saved.condensed is None else f", condensed to rank {saved.condensed}"),
+        "left out": ", ".join(client.client for client in saved.skipped) or "-",
+    }
+    console().print(facts(f"State of a round of {saved.method}", rows))
 
 
 def console() -> Console:

@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 _NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def is_alone() -> bool:
+    """Whether this process is not one of several that torchrun started."""
+    return os.environ.get("WORLD_SIZE") == "1" or not all(os.environ.get(name) for name in _NAMES)
+
+
 def is_first() -> bool:
     """Whether this process is alone, or the rank that prints."""
-    return not _several() or os.environ["RANK"] == "0"
+    return is_alone() or os.environ["RANK"] == "0"
 
 
 @contextmanager
@@ -35,7 +40,7 @@ def process_group(device: str, timeout: float, *, as_json: bool) -> Iterator[dis
         device: "auto", "cpu" or "cuda": gloo joins CPUs; between GPUs, one a process, NCCL does.
         timeout: seconds that one waits for another.
     """
-    if not _several():
+    if is_alone():
         yield None
         return
     from fastagg.distributed import group_of
@@ -73,10 +78,6 @@ def process_group(device: str, timeout: float, *, as_json: bool) -> Iterator[dis
             group.gather(None)
         group.close()
         dist.destroy_process_group()
-
-
-def _several() -> bool:
-    return all(os.environ.get(name) for name in _NAMES) and os.environ["WORLD_SIZE"] != "1"
 
 
 def _joined(device: str, timeout: float) -> dist.ProcessGroup:

@@ -44,6 +44,7 @@ def report_tables(report: Report, out: str) -> list[Table]:
             "accumulator": report.accumulator,
             "peak memory": f"{format_bytes(report.peak_memory)} ({report.peak_memory_of})",
             "seconds": _stages(report.seconds),
+            "condensing cost": _condensing(report.modules),
             "base weights": report.base_effect,
             "averaged plainly": ", ".join(report.whole_tensors) or "-",
             "left out": ", ".join(client.client for client in report.skipped) or "-",
@@ -137,6 +138,12 @@ def _modules_table(modules: Sequence[ModuleReport]) -> Table:
     )
     made.caption_justify = "left"
     return made
+
+
+def _condensing(modules: Sequence[ModuleReport]) -> str:
+    """What condensing cost the module that it cost most."""
+    errors = [module.condensed_error for module in modules if module.condensed_error]
+    return f"at most {max(errors):.1e} |dW| of a module" if errors else "-"
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumulator
 from fastagg.accumulators.weights import WeightUnit
-from fastagg.accumulators.whole import WholeSums
+from fastagg.accumulators.whole import WholeSums, sum_dtype
 from fastagg.distributed.group import Group
 from fastagg.distributed.share import ShareOfModules
 from fastagg.planning.plan import WeightTotals
@@ -100,7 +100,7 @@ def _bring_whole(share: ShareOfModules, sums: WholeSums | None, target: WholeSum
         counts = {
             key: span.count
             for key, (span, _) in share.whole.whole.items()
-            if WholeSums.dtype_for(span.count) == dtype
+            if sum_dtype(span.count) == dtype
         }
         _add_up(share, "tensor", counts, mine, ratio, target.sums, dtype)
 

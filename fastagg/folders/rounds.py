@@ -183,6 +183,16 @@ class FolderRound:
         return Aggregator(self.method, **self.options).plan_for(self._headers())
 
     def aggregate(self, progress: Progress | None = None) -> Aggregate:
+        """Read every client once, and hand the round over.
+
+        Raises:
+            InvalidInput, MemoryBudgetExceeded: as :func:`aggregate_folders`.
+        """
+        result = self.fold(progress).finalize()
+        result.skipped = list(self.skipped)
+        return result
+
+    def fold(self, progress: Progress | None = None) -> Aggregator:
         """Read every client once and fold it in.
 
         Raises:
@@ -194,9 +204,7 @@ class FolderRound:
             with self._leaving_out(update.client_id, self.folders[update.client_id]):
                 aggregator.add(update)
         self._check_some_left()
-        result = aggregator.finalize()
-        result.skipped = list(self.skipped)
-        return result
+        return aggregator
 
     def validate(self, progress: Progress | None = None) -> None:
         """Read every number of every client once.

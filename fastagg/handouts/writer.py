@@ -318,6 +318,8 @@ class HandoutWriter:
             entry.route = route
             if norms is not None:
                 entry.norm = max(norms[place], 0.0) ** 0.5
+            discarded = self.source.discarded.get(entry.module, 0.0)
+            entry.condensed_error = discarded / entry.norm if entry.norm else discarded
             if figures.certificate is not None:
                 bound = figures.certificate[place]
                 entry.certificate = bound / norms[place] if norms and norms[place] > 0 else bound

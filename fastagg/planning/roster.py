@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -49,7 +50,8 @@ class Member:
 
 @dataclass(frozen=True)
 class ModuleSize:
-    """What a module costs: dW is m x n, rank_sum is R_j, width the largest rank of a client."""
+    """What a module costs: dW is m x n, R_j = rank_sum rows are stacked, width is the largest rank of
+    a client."""
 
     m: int
     n: int
@@ -79,7 +81,7 @@ class Roster:
     the client's own modules do, however many are in the round.
 
     Attributes:
-        nbytes: of all members' adapters.
+        nbytes: of all members' adapters, or of what is held in their place.
         largest: bytes of the largest of them.
     """
 
@@ -163,6 +165,22 @@ class Roster:
                 self.slots.setdefault(slot.module, (slot, member.client))
             for span in member.layout.whole:
                 self.whole.setdefault(span.key, (span, member.client))
+
+    def hold(self, layouts: Iterable[Layout]) -> None:
+        """Counts the rows and bytes of these adapters, held in the place of the members' own.
+
+        O(slots of all).
+        """
+        rows: Counter[str] = Counter()
+        self.nbytes = 0
+        for layout in layouts:
+            self.nbytes += layout.nbytes
+            for slot in layout.slots:
+                rows[slot.module] += slot.rank
+        sizes = {module: replace(size, rank_sum=rows[module]) for module, size in self.sizes.items()}
+        self.sizes, self._shapes = {}, {}
+        self._shapes = self._shapes_with(sizes)
+        self.sizes = sizes
 
     def with_headers(self, clients: Iterable[tuple[str, Layout, AdapterConfig]]) -> Roster:
         """This roster with members of which only (id, layout, config) is known.

@@ -10,23 +10,26 @@ import numpy as np
 import torch
 
 from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumulator
+from fastagg.accumulators.condensed import Condensed, condensed_layout, name_of
 from fastagg.accumulators.means import FactorSums
 from fastagg.accumulators.weights import WeightUnit
-from fastagg.accumulators.whole import WholeSums
+from fastagg.accumulators.whole import WholeSums, elements
 from fastagg.adapter import Adapter
 from fastagg.dtypes import dtype_name
 from fastagg.errors import InvalidInput
 from fastagg.peft_format.config import AdapterConfig
 from fastagg.peft_format.layout import Layout, TensorSpan
 from fastagg.planning.plan import Bucket, WeightTotals
-from fastagg.planning.roster import Member, Roster
+from fastagg.planning.roster import Float64Array, Member, Roster
 from fastagg.rounds.memory_plan import Accumulator, MemoryPlan
 
 __all__ = ["dump", "load"]
 
 # The one text of a state: everything that is no tensor, as JSON.
 HEADER = "fastagg"
-VERSION = 1
+VERSION = 2
+# A state of version 1 holds nothing that was condensed.
+_READABLE = (1, VERSION)
 
 State = dict[str, "torch.Tensor | str"]
 
@@ -48,7 +51,7 @@ def dump(method: str, missing: str, roster: Roster, accumulator: Accumulator) ->
                 "layout": member.layout.digest,
             }
         )
-        if isinstance(accumulator, StackAccumulator):
+        if isinstance(accumulator, StackAccumulator) and member.client in accumulator.flats:
             tensors[f"flat.{number}"] = accumulator.flats[member.client].cpu()
     header = {
         "version": VERSION,
@@ -58,7 +61,11 @@ def dump(method: str, missing: str, roster: Roster, accumulator: Accumulator) ->
         "layouts": layouts,
         "members": members,
     }
-    if not isinstance(accumulator, StackAccumulator):
+    if isinstance(accumulator, StackAccumulator):
+        header["condensed"] = [_condensed_fields(group) for group in accumulator.condensed]
+        for number, group in enumerate(accumulator.condensed):
+            tensors[f"condensed.{number}"] = group.flat.cpu()
+    else:
         header["sums"] = _dump_sums(accumulator, tensors)
     return {HEADER: json.dumps(header), **tensors}
 
@@ -79,7 +86,7 @@ def load(
     """
     try:
         header = json.loads(state[HEADER])
-        if header["version"] != VERSION:
+        if header["version"] not in _READABLE:
             raise _damaged("it is of another version", VERSION, header["version"])
         for field, mine in (("method", plan.method.name), ("missing", missing)):
             if header[field] != mine:
@@ -92,7 +99,8 @@ def load(
         plan.check_held(sum(value.nbytes for value in tensors))
         members = _members(header, roster)
         if kind == "stack":
-            return _load_stack(state, members, device)
+            groups = _load_condensed(header.get("condensed", []), state, roster, device)
+            return _load_stack(state, members, groups, device)
         sums: DenseAccumulator | MeanAccumulator
         if kind == "dense":
             sums = DenseAccumulator(device, missing, plan.fold_limit)
@@ -164,15 +172,71 @@ def _members(header: Mapping[str, Any], roster: Roster) -> list[Member]:
 
 
 def _load_stack(
-    state: Mapping[str, Any], members: list[Member], device: torch.device
+    state: Mapping[str, Any], members: list[Member], groups: list[Condensed], device: torch.device
 ) -> StackAccumulator:
-    stack = StackAccumulator(device)
+    stack = StackAccumulator(device, groups)
+    condensed = {client for group in groups for client in group.clients}
     for number, member in enumerate(members):
+        if member.client in condensed:
+            continue
         flat = _tensor(state, f"flat.{number}", (member.layout.nbytes,), torch.uint8)
         adapter = Adapter.from_flat(flat.cpu(), member.layout, member.config, name=member.client)
         adapter.check_finite(member.client)
         stack.add([member], [flat])
     return stack
+
+
+def _condensed_fields(group: Condensed) -> dict[str, Any]:
+    return {
+        "clients": list(group.clients),
+        "ranks": {slot.module: slot.rank for slot in group.layout.slots},
+        "weights": group.slot_weights.tolist(),
+        "errors": group.errors.tolist(),
+        "whole": [span.key for span in group.layout.whole],
+        "whole_weights": group.whole_weights.tolist(),
+    }
+
+
+def _load_condensed(
+    groups: list[Any], state: Mapping[str, Any], roster: Roster, device: torch.device
+) -> list[Condensed]:
+    loaded: list[Condensed] = []
+    known: set[str] = set()
+    for number, fields in enumerate(groups):
+        clients = tuple(fields["clients"])
+        layout = condensed_layout(roster, fields["ranks"], fields["whole"])
+        own = [roster.members[client].layout for client in clients]
+        modules = {slot.module for each in own for slot in each.slots}
+        keys = {span.key for each in own for span in each.whole}
+        if modules != fields["ranks"].keys() or keys != set(fields["whole"]):
+            raise _damaged(f"what is condensed has not the modules of {clients[0]!r} and its like")
+        if known & set(clients) or list(clients) != sorted(set(clients)):
+            raise _damaged(f"a client is condensed twice, {clients[0]!r} or one beside it")
+        known |= set(clients)
+        name = f"condensed.{number}"
+        flat = _tensor(state, name, (layout.nbytes,), torch.uint8).to(device, copy=True)
+        for span in layout.tensors:
+            _finite(elements(flat, span, 0, span.count), f"{name}, {span.key},")
+        loaded.append(
+            Condensed(
+                client=name_of(clients),
+                layout=layout,
+                flat=flat,
+                slot_weights=_numbers(fields["weights"], len(layout.slots), "weights"),
+                whole_weights=_numbers(fields["whole_weights"], len(layout.whole), "weights"),
+                clients=clients,
+                errors=_numbers(fields["errors"], len(layout.slots), "errors"),
+            )
+        )
+    return loaded
+
+
+def _numbers(values: Any, count: int, what: str) -> Float64Array:
+    """(count,) float64, finite and not negative."""
+    found = np.array(values, dtype=np.float64)
+    if found.shape != (count,) or not bool(((found >= 0) & np.isfinite(found)).all()):
+        raise _damaged(f"the {what} of what is condensed are not {count} numbers from 0")
+    return found
 
 
 def _dump_sums(
@@ -192,6 +256,7 @@ def _dump_sums(
         tensors[name] = _on_host(sums.whole.sums[key])
     if isinstance(sums, DenseAccumulator):
         fields["unit"] = sums.unit.exponent
+        fields["discarded"] = sums.discarded
         for number, dense in enumerate(sums.blocks.sums):
             tensors[f"dense.{number}"] = _on_host(dense)
     else:
@@ -230,6 +295,9 @@ def _load_sums(
             sums.blocks.append(bucket, block)
     if isinstance(sums, DenseAccumulator):
         sums.unit = WeightUnit(fields["unit"])
+        discarded: Mapping[str, float] = fields.get("discarded", {})
+        values = _numbers(list(discarded.values()), len(discarded), "errors")
+        sums.discarded = dict(zip(discarded, values.tolist(), strict=True))
     sums.totals = WeightTotals(sums.totals.missing)
     sums.totals.total = {str(module): float(total) for module, total in fields["totals"].items()}
     sums.totals.absent = float(fields["absent"])

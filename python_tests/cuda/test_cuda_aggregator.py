@@ -368,3 +368,21 @@ def test_a_decomposition_does_not_wait(seed: int, route: str) -> None:
         linalg.svd_of_stack(a, bt, c, 4, route=route)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_condensed_round_is_within_its_stated_error(seed: int) -> None:
+    clients = mixed_round(seed, MIXED)
+    branch = added(clients[:3])
+    branch.condense(5)
+    for device in ("cuda", "cpu"):
+        root = added(clients[3:], device)
+        received = Aggregator(device=device)
+        received.load_state_dict(branch.state_dict())
+        root.merge(received)
+        result = root.finalize()
+        for module in result.modules:
+            whole = exact(clients, module)
+            factors = result.factors(module)
+            assert factors is not None
+            kept = factors[1] @ factors[0]
+            assert (whole - kept).norm() <= result.condensed_error(module) * kept.norm()

@@ -18,6 +18,7 @@ from fastagg.federated.server.registry import Registry
 from fastagg.federated.server.server_model import Rules, ServerModel
 from fastagg.federated.server.server_optimisers import FedAvg, ServerOptimiser
 from fastagg.method import Method
+from fastagg.rounds import state_file
 from fastagg.rounds.options import check_choice, parse_device
 
 __all__ = ["RoundOutcome", "Server", "TooFewUpdates"]
@@ -314,7 +315,7 @@ class Server:
     def save(self, file: str | os.PathLike[str]) -> None:
         """Writes :meth:`state_dict` as one safetensors file: whole, or not at all; what was there is
         replaced."""
-        server_state.write(file, self.state_dict())
+        state_file.write(file, self.state_dict())
 
     def load(self, file: str | os.PathLike[str]) -> None:
         """Goes on from what :meth:`save` wrote; see :meth:`load_state_dict`.
@@ -322,7 +323,7 @@ class Server:
         Raises:
             InvalidInput: no such file, or not such a state; nothing is changed then.
         """
-        self.load_state_dict(server_state.read(file))
+        self.load_state_dict(state_file.read(file))
 
     def __repr__(self) -> str:
         return (

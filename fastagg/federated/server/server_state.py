@@ -1,24 +1,20 @@
-"""A server's state as tensors and text, as one file, and back."""
+"""A server's state as tensors and text, and back."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fastagg.errors import InvalidInput, short
 from fastagg.federated.server.registry import Registry, check_alike
 from fastagg.federated.server.server_model import Rules, ServerModel
 from fastagg.federated.server.server_optimisers import ServerOptimiser
-from fastagg.whole_file import whole_file
 
-__all__ = ["State", "dump", "identity", "load", "read", "write"]
+__all__ = ["State", "dump", "identity", "load"]
 
 # The one text of a state: everything that is no tensor, as JSON.
 HEADER = "fastagg"
@@ -85,27 +81,6 @@ def load(
             raise
         raise _unusable(f"{type(error).__name__}: {error}") from error
     return model, number
-
-
-def write(file: str | os.PathLike[str], state: State) -> None:
-    """Writes a state as one safetensors file: whole, or not at all; what was there is replaced."""
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    with whole_file(file) as made:
-        save_file(tensors, made, metadata={HEADER: str(state[HEADER])})
-
-
-def read(file: str | os.PathLike[str]) -> State:
-    """Reads what :func:`write` wrote.
-
-    Raises:
-        InvalidInput: no such file, or not a safetensors file.
-    """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-            return {**{name: opened.get_tensor(name) for name in names}, **(opened.metadata() or {})}
-    except (OSError, SafetensorError) as error:
-        raise _unusable(f"{file}: {error}") from error
 
 
 def _unusable(problem: str, expected: object = None, got: object = None) -> InvalidInput:
