@@ -185,7 +185,7 @@ class Aggregator:
         kind, _ = self._plan.choose(expected)
         self._reset(kind, expected.emptied(self._new_roster()))
         if isinstance(self._accumulator, MeanAccumulator):
-            self._accumulator.reserve_for(expected.own)
+            self._accumulator.reserve(expected.own.sizes)
 
     def merge(self, other: Aggregator) -> None:
         """Adds all clients of another aggregator, which stays as it is: a tree of servers.

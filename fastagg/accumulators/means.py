@@ -25,7 +25,7 @@ from fastagg.devices import uploaded
 from fastagg.errors import InvalidInput
 from fastagg.planning.budget import CHUNK_BYTES
 from fastagg.planning.plan import Bucket, WeightTotals, padded
-from fastagg.planning.roster import Member, Roster
+from fastagg.planning.roster import Member, ModuleSize, Roster
 
 __all__ = ["FactorSums", "MeanAccumulator", "MeanSource"]
 
@@ -77,10 +77,11 @@ class MeanAccumulator:
         """Bytes held."""
         return sum(sums.nbytes for sums in self.blocks.sums) + self.whole.nbytes
 
-    def reserve_for(self, roster: Roster) -> None:
+    def reserve(self, sizes: Mapping[str, ModuleSize]) -> None:
         """Makes room for modules whose largest ranks are known, which saves growing later."""
-        self.blocks.make_room({name: (size.m, size.n) for name, size in roster.sizes.items()})
-        self._level(roster)
+        self.blocks.make_room({module: (size.m, size.n) for module, size in sizes.items()})
+        for bucket, sums in zip(self.blocks.buckets, self.blocks.sums, strict=True):
+            sums.grow(max(sizes[module].width for module in bucket.modules))
 
     def growing_bytes(self, ranks: Mapping[str, int]) -> int:
         """Bytes that growing to these ranks takes for a moment beside the sums themselves."""
@@ -120,13 +121,7 @@ class MeanAccumulator:
         """
         check_totals(self.totals)
         self.blocks.check_finite()
-        self._level(roster)
         return MeanSource(self.blocks, self.totals, self.whole.finish(), self.device)
-
-    def _level(self, roster: Roster) -> None:
-        """Grows every block to the rows of all modules of its shape, whichever came together."""
-        for bucket, sums in zip(self.blocks.buckets, self.blocks.sums, strict=True):
-            sums.grow(roster.width(bucket.m, bucket.n))
 
     def _add(self, member: Member, flat: torch.Tensor) -> None:
         self.blocks.make_room(shapes_of(member.layout))

@@ -73,13 +73,13 @@ def bring_sums(share: ShareOfModules, sums: Sums | None, target: Sums) -> None:
         _add_up(share, "module", counts, _dense(sums), ratio, _dense(target), torch.float32)
     else:
         assert not isinstance(sums, DenseAccumulator)
-        target.reserve_for(share.own)
+        target.reserve(share.own.sizes)
         for module, size in share.own.sizes.items():
             block, place = target.blocks.index.where(module)
             target.blocks.sums[block].ranks[place] = size.width
         for which in ("a", "bt"):
             counts = {
-                name: share.whole.width(size.m, size.n) * (size.n if which == "a" else size.m)
+                name: size.width * (size.n if which == "a" else size.m)
                 for name, size in sizes.items()
             }
             mine, theirs = _factors(sums, which), _factors(target, which)
@@ -147,7 +147,7 @@ def _add_up(
 
     Args:
         counts: elements of each vector of the round.
-        mine: what this rank adds, times ``ratio``; some may be shorter, or not there.
+        mine: what this rank adds, times ``ratio``; some may be shorter, or longer by zeros, or absent.
         target: this rank's own, at least; they are overwritten.
     """
     group = share.group

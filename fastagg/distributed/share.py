@@ -123,7 +123,7 @@ class ShareOfModules(Share):
         self.group = group
         self.first = group.rank == 0
         self.assignment = Assignment(group.size)
-        self.own = whole.for_parts()
+        self.own = Roster(equal_ranks=whole.equal_ranks, method=whole.method)
         self._parts: dict[tuple[str, int], Part] = {}
         costs: dict[Item, float] = {
             ("module", module): module_cost(size.m, size.n, size.rank_sum, size.width)

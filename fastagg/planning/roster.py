@@ -85,9 +85,7 @@ class Roster:
         largest: bytes of the largest of them.
     """
 
-    def __init__(
-        self, *, equal_ranks: bool = False, method: str = "", part_of: Roster | None = None
-    ) -> None:
+    def __init__(self, *, equal_ranks: bool = False, method: str = "") -> None:
         self.members: dict[str, Member] = {}
         self.slots: dict[str, tuple[Slot, str]] = {}
         self.whole: dict[str, tuple[TensorSpan, str]] = {}
@@ -96,7 +94,6 @@ class Roster:
         self.largest = 0
         self.equal_ranks = equal_ranks
         self.method = method
-        self._part_of = part_of
         self._base: tuple[str, str] | None = None
         self._changed: tuple[str | None, str] | None = None
         self._known: set[str] = set()
@@ -104,14 +101,6 @@ class Roster:
 
     def __len__(self) -> int:
         return len(self.members)
-
-    def for_parts(self) -> Roster:
-        """An empty roster for parts of the members' adapters; what it says of widths holds for all."""
-        return Roster(equal_ranks=self.equal_ranks, method=self.method, part_of=self)
-
-    def width(self, m: int, n: int) -> int:
-        """The largest rank of a client in any module of the shape (m, n)."""
-        return (self._part_of or self)._shapes[m, n].width
 
     def sorted(self) -> list[Member]:
         """The members by id: the order that every sum is taken in."""

@@ -64,7 +64,7 @@ def test_combined_clients_are_those_of_one_round(
             if held == "stack":
                 assert not differing(got, expected)
             assert got["clients"] == expected["clients"] and got["modules"] == expected["modules"]
-            assert not differing(got, found[0][place][1])
+            assert not differing(got, found[0][place][1]), (method, kind)
         got = found[0][place][1]
         for module in expected["modules"]:
             delta = got[f"delta {module}"][""]

@@ -158,7 +158,7 @@ def rounds(draw: st.DrawFn) -> list[dict[str, Any]]:
             },
             "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
             "saved": draw(st.booleans()),
-            "rank_pattern": draw(st.sampled_from([None, {"q_proj": 3}, {"up": 20}])),
+            "rank_pattern": draw(st.sampled_from([None, {"layers.0.attn.q_proj": 3}, {"up": 20}])),
         }
         for _ in range(draw(st.integers(1, 5)))
     ]
