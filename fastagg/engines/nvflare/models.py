@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,9 @@ from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 
 from fastagg.adapter import Adapter
+from fastagg.engines.tensor_ranks import at_ranks_of
 from fastagg.errors import InvalidInput, short
+from fastagg.peft_format.adapter_folder import named_path, read_config
 from fastagg.peft_format.config import AdapterConfig
 
 __all__ = [
@@ -49,11 +53,6 @@ def config_of(config: Any) -> dict[str, Any]:
     Raises:
         InvalidInput: not the configuration of an adapter that can be aggregated.
     """
-    import os
-    from pathlib import Path
-
-    from fastagg.peft_format.adapter_folder import named_path, read_config
-
     if isinstance(config, (str, os.PathLike)):
         config = read_config(Path(config), named_path(config).name)
     elif not isinstance(config, Mapping) and hasattr(config, "to_dict"):
@@ -78,12 +77,16 @@ def model_of(
     return FLModel(params_type=ParamsType.FULL, params=params, meta=meta)
 
 
-def adapter_in(model: FLModel) -> Adapter | None:
-    """The adapter of a model that :func:`model_of` made; None where there is none, or it does not say
-    which configuration the tensors have."""
-    config = config_in(model)
+def adapter_in(model: FLModel, config: AdapterConfig) -> Adapter | None:
+    """The adapter of a model, without the stacks; None where there is none.
+
+    Args:
+        config: of a model that brings none along, but for the ranks.
+    """
     params = {key: value for key, value in tensors_in(model).items() if not key.startswith(MERGES)}
-    return Adapter(params, config) if params and config is not None else None
+    if not params:
+        return None
+    return Adapter(params, config_in(model) or at_ranks_of(config, params), name="what the server sent")
 
 
 def merges_in(model: FLModel) -> list[tuple[int, Adapter]]:
