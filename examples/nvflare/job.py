@@ -20,7 +20,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ranks", default="2,4,8,16", help="of site-1, site-2 and so on")
     parser.add_argument("--dtype", default="float32", help="of model and adapters")
-    parser.add_argument("--format", choices=["pytorch", "numpy"], default="pytorch", help="with fedavg")
     parser.add_argument("--workspace", type=Path, default=Path("workspace"))
     parser.add_argument("--record", type=Path, help="folder for what the sites send and receive")
     arguments = parser.parse_args()
@@ -49,6 +48,7 @@ def controller_job(arguments: argparse.Namespace, ranks: list[int], train_args: 
         num_rounds=arguments.rounds,
         min_clients=len(ranks),
         method=arguments.method,
+        enable_tensor_disk_offload=True,
         folder=str(arguments.workspace / "rounds"),
     )
 
@@ -68,8 +68,9 @@ def fedavg_job(arguments: argparse.Namespace, ranks: list[int], train_args: str)
         num_rounds=arguments.rounds,
         min_clients=len(ranks),
         aggregator=FastAggModelAggregator(lora(max(ranks)), method=arguments.method),
-        server_expected_format=getattr(ExchangeFormat, arguments.format.upper()),
-        enable_tensor_disk_offload=arguments.format == "pytorch",
+        # Where ranks differ, and for bfloat16, NumPy will not do.
+        server_expected_format=ExchangeFormat.PYTORCH,
+        enable_tensor_disk_offload=True,
         key_metric="loss",
         key_metric_mode="min",
     )

@@ -27,6 +27,7 @@ require(
         "nvflare.app_common.abstract.fl_model:FLModel",
         "nvflare.app_common.aggregators.model_aggregator:ModelAggregator",
         "nvflare.app_common.workflows.model_controller:ModelController",
+        "nvflare.app_common.utils.tensor_disk_offload_context:setup_tensor_disk_offload",
         "nvflare.app_opt.pt.decomposers:TensorDecomposer",
         "nvflare.recipe.spec:Recipe",
     ],

@@ -25,6 +25,7 @@ from fastagg.engines.nvflare.models import CONFIG, config_in, config_of, tensors
 from fastagg.engines.tensor_ranks import at_ranks_of
 from fastagg.errors import FastAggError, InvalidInput
 from fastagg.peft_format.config import AdapterConfig
+from fastagg.peft_format.layout import Layout
 from fastagg.update import ClientUpdate
 
 __all__ = ["FastAggModelAggregator"]
@@ -43,7 +44,10 @@ class FastAggModelAggregator(ModelAggregator):  # type: ignore[misc]
     scalings of ``config``, which are those of the recipe's ``model``. Its first r rows of A and columns
     of B, times the quotient of the scalings, are what a client of rank r is to go on with, and the best
     approximation of dW of that rank where the method is exact; :class:`AdapterClient` takes them so.
-    Its configuration is in the model's ``meta["adapter_config"]``, and the clients' metrics are averaged.
+    Its configuration is in ``meta["adapter_config"]``; the clients' metrics are averaged.
+
+    Clients of other ranks than the global adapter's need ``server_expected_format=PYTORCH``: with NUMPY,
+    NVFlare's client reshapes what it receives to the shapes that it has sent.
 
     An update that cannot be used is refused whole: the error names the client, NVFlare logs it, and the
     round goes on without it. Where no update is left, the global model stays as it was.
@@ -118,11 +122,12 @@ class FastAggModelAggregator(ModelAggregator):  # type: ignore[misc]
         adapter = Adapter(tensors, self._config_for(model, tensors, client), name=client)
         weight = weight_in(model, self.weight_key, client)
         if weight is None:
-            self.warning(f"client {client!r} does not say what it counts for: its meta has no {self.weight_key}")
+            self.warning(f"client {client!r} counts for 1: its meta has no {self.weight_key}")
             weight = 1
         self._aggregator.add(ClientUpdate(adapter, weight, client))
         self._joint.see(adapter)
-        self._came_as_numpy |= any(isinstance(value, np.ndarray) for value in model.params.values())
+        if any(isinstance(value, np.ndarray) for value in model.params.values()):
+            self._numpy_layouts.add(adapter.layout)
         self._add_metrics(model, weight, client)
 
     def aggregate_model(self) -> FLModel:
@@ -130,7 +135,7 @@ class FastAggModelAggregator(ModelAggregator):  # type: ignore[misc]
 
         Raises:
             InvalidInput: the weights leave a module without an average, ``config`` does not fit the
-                clients' modules, or the numbers do not fit the dtype.
+                clients' modules, the numbers do not fit the dtype, or ranks differ in NumPy's format.
             MemoryBudgetExceeded: the adapter does not fit into max_memory.
         """
         if self._aggregator is None or not self._aggregator.clients:
@@ -140,7 +145,8 @@ class FastAggModelAggregator(ModelAggregator):  # type: ignore[misc]
         adapter = self._joint.of(self._aggregator.finalize(), self.seed)
         self.info(f"aggregated {clients} clients by {self.method}")
         params: dict[str, Any] = adapter.state_dict()
-        if self._came_as_numpy:
+        if self._numpy_layouts:
+            self._check_numpy(adapter)
             params = {key: _as_numpy(value) for key, value in params.items()}
         return FLModel(
             params_type=ParamsType.FULL,
@@ -153,7 +159,7 @@ class FastAggModelAggregator(ModelAggregator):  # type: ignore[misc]
         """Forgets what came in: a round begins."""
         self._aggregator = None
         self._joint = JointAdapter(self._config)
-        self._came_as_numpy = False
+        self._numpy_layouts: set[Layout] = set()
         self._metrics = WeightedAggregationHelper()
         self._all_metrics = True
 
@@ -198,6 +204,19 @@ class FastAggModelAggregator(ModelAggregator):  # type: ignore[misc]
                 "as fastagg.engines.nvflare.AdapterClient does",
             )
         return at_ranks_of(self._config, tensors)
+
+    def _check_numpy(self, adapter: Adapter) -> None:
+        slots = (slot for layout in self._numpy_layouts for slot in layout.slots)
+        for slot in slots:
+            if slot.rank != adapter.rank(slot.module):
+                raise InvalidInput(
+                    "a client that exchanges NumPy arrays cannot receive another rank than it has sent",
+                    module=slot.module,
+                    field="server_expected_format",
+                    expected="ExchangeFormat.PYTORCH",
+                    got=f"NUMPY, rank {slot.rank} for one of rank {adapter.rank(slot.module)}",
+                    cure="Pass server_expected_format=ExchangeFormat.PYTORCH to the recipe",
+                )
 
     def _add_metrics(self, model: FLModel, weight: float, client: str) -> None:
         """As FedAvg's own aggregation has it: averaged if every client sends some."""

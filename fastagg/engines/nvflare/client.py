@@ -145,12 +145,12 @@ class AdapterClient:
                 # The best ranks come first in what the server hands out.
                 state[slot.a.key] = _resized(a, 0, rank)
                 state[slot.b.key] = _resized(b, 1, rank) * (slot.scaling / scaling)
-        unknown = set_peft_model_state_dict(self.model, state).unexpected_keys
-        if unknown:
+        loaded: Any = set_peft_model_state_dict(self.model, state)
+        if loaded.unexpected_keys:
             raise InvalidInput(
                 "the server sent tensors that this model has no place for",
                 client=flare.get_site_name(),
-                field=unknown[0],
+                field=loaded.unexpected_keys[0],
                 expected=f"the modules of {self._fields.get('target_modules')}",
                 cure="Let clients and server agree on target_modules",
             )

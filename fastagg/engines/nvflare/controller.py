@@ -13,12 +13,17 @@ from nvflare.apis.fl_constant import FLMetaKey, ReturnCode
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.utils.tensor_disk_offload_context import (
+    cleanup_tensor_disk_offload,
+    setup_tensor_disk_offload,
+)
 from nvflare.app_common.workflows.model_controller import ModelController
 
 from fastagg.aggregator import Aggregator
 from fastagg.engines.exchange import Exchange, Outcome
 from fastagg.engines.nvflare.models import ASK, config_in, model_of, tensors_in, weight_in
 from fastagg.errors import FastAggError, InvalidInput
+from fastagg.federated.messages import ClientFailure
 
 __all__ = ["FastAggController"]
 
@@ -52,6 +57,8 @@ class FastAggController(ModelController):  # type: ignore[misc]
         resume: go on from the last round that was saved in ``folder``, if there is one.
         weight_key: of ``FLModel.meta``: what a client counts for; 1 where it does not say.
         task_name: of the clients' task.
+        enable_tensor_disk_offload: NVFlare receives tensors into files, which are read one client at a
+            time.
         method, max_memory, missing, accumulator, route, device, dtype, seed: as
             :class:`fastagg.Aggregator` takes them, as text and numbers.
 
@@ -73,6 +80,7 @@ class FastAggController(ModelController):  # type: ignore[misc]
         resume: bool = False,
         weight_key: str = FLMetaKey.NUM_STEPS_CURRENT_ROUND,
         task_name: str = AppConstants.TASK_TRAIN,
+        enable_tensor_disk_offload: bool = False,
         method: str = "flexlora",
         max_memory: int | str | None = None,
         missing: str = "renormalise",
@@ -96,6 +104,7 @@ class FastAggController(ModelController):  # type: ignore[misc]
         self.resume = resume
         self.weight_key = weight_key
         self.task_name = task_name
+        self.enable_tensor_disk_offload = enable_tensor_disk_offload
         self.method = method
         self.max_memory = max_memory
         self.missing = missing
@@ -128,6 +137,15 @@ class FastAggController(ModelController):  # type: ignore[misc]
             device=self.device,
             **self._options(),
         )
+        offload = setup_tensor_disk_offload(
+            self.engine, self.enable_tensor_disk_offload, self.fl_ctx.get_job_id("job")
+        )
+        try:
+            self._play_rounds()
+        finally:
+            cleanup_tensor_disk_offload(self.engine, offload)
+
+    def _play_rounds(self) -> None:
         attempt = 1
         while self._exchange.round <= self.num_rounds:
             outcome = self._play_round()
@@ -192,19 +210,21 @@ class FastAggController(ModelController):  # type: ignore[misc]
             if turn != self._turn or not self._open:
                 self.warning(f"client {client!r} answered when its time was up: it is left out")
                 return False
-            try:
-                tensors = tensors_in(model, client)
-                weight = weight_in(model, self.weight_key, client)
-            except InvalidInput as error:
-                failure = self._exchange.fail(client, str(error))
-            else:
-                if weight is None:
-                    self.warning(f"client {client!r} counts for 1: its meta has no {self.weight_key}")
-                    weight = 1
-                failure = self._exchange.receive(client, tensors, weight, config_in(model))
+            failure = self._take(client, model)
         if failure is not None:
             self.error(str(failure))
         return failure is None
+
+    def _take(self, client: str, model: FLModel) -> ClientFailure | None:
+        try:
+            tensors = tensors_in(model, client)
+            weight = weight_in(model, self.weight_key, client)
+        except InvalidInput as error:
+            return self._exchange.fail(client, str(error))
+        if weight is None:
+            self.warning(f"client {client!r} counts for 1: its meta has no {self.weight_key}")
+            weight = 1
+        return self._exchange.receive(client, tensors, weight, config_in(model))
 
     def _accept_train_result(self, client_name: str, result: Any, **kwargs: Any) -> bool:
         accepted: bool = super()._accept_train_result(client_name=client_name, result=result, **kwargs)

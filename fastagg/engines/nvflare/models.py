@@ -92,10 +92,15 @@ def adapter_in(model: FLModel, config: AdapterConfig) -> Adapter | None:
 def merges_in(model: FLModel) -> list[tuple[int, Adapter]]:
     """The stacks of a model that :func:`model_of` made, with their rounds, the oldest first."""
     tensors, found = tensors_in(model), []
-    for number, config in sorted((model.meta or {}).get(MERGES, {}).items(), key=lambda item: int(item[0])):
-        prefix = _merge_prefix(int(number))
-        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        found.append((int(number), Adapter(own, config, name=f"round {number}")))
+    configs = {int(number): config for number, config in (model.meta or {}).get(MERGES, {}).items()}
+    for number, config in sorted(configs.items()):
+        prefix = _merge_prefix(number)
+        own = {
+            key.removeprefix(prefix): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(prefix)
+        }
+        found.append((number, Adapter(own, config, name=f"round {number}")))
     return found
 
 
@@ -132,8 +137,12 @@ def config_in(model: FLModel) -> dict[str, Any] | None:
     return dict(found) if found is not None else None
 
 
-def weight_in(model: FLModel, key: str, client: str) -> Any:
-    """What the client counts for, under this key of the model's meta; None where it does not say."""
+def weight_in(model: FLModel, key: str, client: str) -> float | None:
+    """What the client counts for, under this key of the model's meta; None where it does not say.
+
+    Raises:
+        InvalidInput: it says something that is no number.
+    """
     weight = (model.meta or {}).get(key)
     if isinstance(weight, (np.generic, torch.Tensor)):
         weight = weight.item()
