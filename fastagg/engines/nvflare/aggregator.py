@@ -58,7 +58,7 @@ class FastAggModelAggregator(ModelAggregator):  # type: ignore[misc]
             A ``peft.LoraConfig``, the fields of an ``adapter_config.json``, or an adapter's folder,
             which is read at once. None: every client sends its own, and the global adapter has the
             largest rank of the round.
-        weight_key: of ``FLModel.meta``: what a client counts for; 1 where it does not say.
+        weight_field: of ``FLModel.meta``: what a client counts for; 1 where it does not say.
         method, max_memory, missing, accumulator, route, device, dtype, seed: as
             :class:`fastagg.Aggregator` takes them, as text and numbers.
 
@@ -73,7 +73,7 @@ class FastAggModelAggregator(ModelAggregator):  # type: ignore[misc]
         self,
         config: Any = None,
         *,
-        weight_key: str = FLMetaKey.NUM_STEPS_CURRENT_ROUND,
+        weight_field: str = FLMetaKey.NUM_STEPS_CURRENT_ROUND,
         method: str = "flexlora",
         max_memory: int | str | None = None,
         missing: str = "renormalise",
@@ -86,7 +86,7 @@ class FastAggModelAggregator(ModelAggregator):  # type: ignore[misc]
         super().__init__()
         # A job's configuration is written from attributes that are called as the arguments are.
         self.config = config_of(config) if config is not None else None
-        self.weight_key = weight_key
+        self.weight_field = weight_field
         self.method = method
         self.max_memory = max_memory
         self.missing = missing
@@ -120,9 +120,9 @@ class FastAggModelAggregator(ModelAggregator):  # type: ignore[misc]
         client = _name_of(model)
         tensors = tensors_in(model, client)
         adapter = Adapter(tensors, self._config_for(model, tensors, client), name=client)
-        weight = weight_in(model, self.weight_key, client)
+        weight = weight_in(model, self.weight_field, client)
         if weight is None:
-            self.warning(f"client {client!r} counts for 1: its meta has no {self.weight_key}")
+            self.warning(f"client {client!r} counts for 1: its meta has no {self.weight_field}")
             weight = 1
         self._aggregator.add(ClientUpdate(adapter, weight, client))
         self._joint.see(adapter)

@@ -36,7 +36,7 @@ class AdapterClient:
 
     Args:
         model: a PEFT model with one adapter, "default"; its rank is the client's own.
-        weight_key: of ``FLModel.meta``, under which what it counts for is sent.
+        weight_field: of ``FLModel.meta``, under which what it counts for is sent.
         seed: of factors that begin afresh; the same for all clients.
 
     Attributes:
@@ -47,11 +47,11 @@ class AdapterClient:
         self,
         model: PeftModel,
         *,
-        weight_key: str = FLMetaKey.NUM_STEPS_CURRENT_ROUND,
+        weight_field: str = FLMetaKey.NUM_STEPS_CURRENT_ROUND,
         seed: int = 0,
     ) -> None:
         self.model = model
-        self.weight_key = weight_key
+        self.weight_field = weight_field
         self.seed = seed
         # What the tensors are, not whether they are being trained.
         self._fields = {**config_of(model.peft_config["default"]), "inference_mode": True}
@@ -77,35 +77,20 @@ class AdapterClient:
                 flare.send(FLModel(params={}, meta={CONFIG: self._fields}))
                 continue
             self.received = received
-            self._take(received)
+            self.take(received)
             yield received.current_round
 
     def send(self, weight: float, metrics: Mapping[str, float] | None = None) -> None:
-        """Answers with the adapter as it is now, under the keys that the server uses.
-
-        Args:
-            weight: what it counts for, such as the number of examples.
-            metrics: for the server's model selection.
-        """
-        from peft import get_peft_model_state_dict
-
-        # "auto" would ask the model hub whether the vocabulary grew.
-        state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        flare.send(
-            FLModel(
-                params_type=ParamsType.FULL,
-                # Copies: they are sent while the next round may be training already.
-                params={
-                    self._names.get(key, key): value.detach().to("cpu", copy=True)
-                    for key, value in state.items()
-                },
-                metrics=dict(metrics) if metrics is not None else None,
-                meta={self.weight_key: weight, CONFIG: self._fields},
-            )
-        )
+        """Sends :meth:`answer`."""
+        flare.send(self.answer(weight, metrics))
         self.received = None
 
-    def _take(self, received: FLModel) -> None:
+    def take(self, received: FLModel) -> None:
+        """Puts what the server sent into the model; :meth:`rounds` does it by itself.
+
+        Raises:
+            InvalidInput: it does not fit the model.
+        """
         from fastagg.federated.clients.fresh_factors import draw_dead_ranks, draw_factors
 
         seed = seed_of(self.seed, "factors", received.current_round)
@@ -119,6 +104,27 @@ class AdapterClient:
         elif merges or self._began:
             draw_factors(self.model, seed)
         self._began = True
+
+    def answer(self, weight: float, metrics: Mapping[str, float] | None = None) -> FLModel:
+        """The adapter as it is now: a copy, under the keys that the server uses.
+
+        Args:
+            weight: what it counts for, such as the number of examples.
+            metrics: for the server's model selection.
+        """
+        from peft import get_peft_model_state_dict
+
+        # "auto" would ask the model hub whether the vocabulary grew.
+        state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        return FLModel(
+            params_type=ParamsType.FULL,
+            params={
+                self._names.get(key, key): value.detach().to("cpu", copy=True)
+                for key, value in state.items()
+            },
+            metrics=dict(metrics) if metrics is not None else None,
+            meta={self.weight_field: weight, CONFIG: self._fields},
+        )
 
     def _merge(self, number: int, stack: Adapter) -> None:
         if number != self._merged + 1:

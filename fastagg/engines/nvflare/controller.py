@@ -55,7 +55,7 @@ class FastAggController(ModelController):  # type: ignore[misc]
             Both need ``initial``. None: the rank of ``initial``, or of what the client answers with.
         folder: where every round is saved, on the server; None: ``rounds`` in the job's run folder.
         resume: go on from the last round that was saved in ``folder``, if there is one.
-        weight_key: of ``FLModel.meta``: what a client counts for; 1 where it does not say.
+        weight_field: of ``FLModel.meta``: what a client counts for; 1 where it does not say.
         task_name: of the clients' task.
         enable_tensor_disk_offload: NVFlare receives tensors into files, which are read one client at a
             time.
@@ -78,7 +78,7 @@ class FastAggController(ModelController):  # type: ignore[misc]
         ranks: Mapping[str, int] | str | None = None,
         folder: str | None = None,
         resume: bool = False,
-        weight_key: str = FLMetaKey.NUM_STEPS_CURRENT_ROUND,
+        weight_field: str = FLMetaKey.NUM_STEPS_CURRENT_ROUND,
         task_name: str = AppConstants.TASK_TRAIN,
         enable_tensor_disk_offload: bool = False,
         method: str = "flexlora",
@@ -102,7 +102,7 @@ class FastAggController(ModelController):  # type: ignore[misc]
         self.ranks = dict(ranks) if isinstance(ranks, Mapping) else ranks
         self.folder = os.fspath(folder) if folder is not None else None
         self.resume = resume
-        self.weight_key = weight_key
+        self.weight_field = weight_field
         self.task_name = task_name
         self.enable_tensor_disk_offload = enable_tensor_disk_offload
         self.method = method
@@ -117,6 +117,7 @@ class FastAggController(ModelController):  # type: ignore[misc]
         # Answers come in NVFlare's threads, and one may be worked on while the round's time runs out.
         self._lock = threading.Lock()
         self._met: set[str] = set()
+        self._told: set[str] = set()
         self._turn = 0
         self._open = False
 
@@ -162,7 +163,7 @@ class FastAggController(ModelController):  # type: ignore[misc]
     def _play_round(self) -> Outcome | None:
         """A round; None where the job was ended meanwhile."""
         clients = self.sample_clients(self.num_clients)
-        if self.ranks == "ask" and not self._ask([name for name in clients if name not in self._met]):
+        if self.ranks == "ask" and not self._ask(set(clients) - self._told):
             return None
         # Clients that this controller has not met begin with the base weights of round 1.
         outgoing = {
@@ -189,19 +190,23 @@ class FastAggController(ModelController):  # type: ignore[misc]
 
     def _ask(self, clients: Iterable[str]) -> bool:
         """Has the clients say what their adapters look like; False where the job was ended meanwhile."""
-        for client in clients:
+        for client in sorted(clients):
             self._send(client, FLModel(params={}, meta={ASK: True}), self._enrol)
         return self._wait()
 
     def _enrol(self, model: FLModel) -> bool:
         client = model.meta["client_name"]
-        try:
-            with self._lock:
+        with self._lock:
+            # In a round that has begun meanwhile, it has been handed an adapter already.
+            if self._open:
+                return False
+            try:
                 self._exchange.enrol(client, config_in(model))
-        except InvalidInput as error:
-            self.error(str(error))
-            return False
-        return True
+            except InvalidInput as error:
+                self.error(str(error))
+                return False
+            self._told.add(client)
+            return True
 
     def _receive(self, turn: int, model: FLModel) -> bool:
         """Takes one client's answer in; whether it counts."""
@@ -218,11 +223,11 @@ class FastAggController(ModelController):  # type: ignore[misc]
     def _take(self, client: str, model: FLModel) -> ClientFailure | None:
         try:
             tensors = tensors_in(model, client)
-            weight = weight_in(model, self.weight_key, client)
+            weight = weight_in(model, self.weight_field, client)
         except InvalidInput as error:
             return self._exchange.fail(client, str(error))
         if weight is None:
-            self.warning(f"client {client!r} counts for 1: its meta has no {self.weight_key}")
+            self.warning(f"client {client!r} counts for 1: its meta has no {self.weight_field}")
             weight = 1
         return self._exchange.receive(client, tensors, weight, config_in(model))
 
