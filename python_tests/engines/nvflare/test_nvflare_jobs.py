@@ -40,7 +40,8 @@ class Job:
         sent = {site: deltas(self.adapter(number, site, "sent")) for site in RANKS}
         weights = {site: int(site[-1]) / 10 for site in RANKS}
         return {
-            module: sum(weights[site] * sent[site][module] for site in RANKS) for module in sent["site-1"]
+            module: sum(weights[site] * sent[site][module] for site in RANKS)
+            for module in sent["site-1"]
         }
 
 
@@ -86,19 +87,34 @@ def controller_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(scope="module")
 def fedavg_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """The example's job, with an aggregator that writes down what it was handed."""
+    """The example's job with an aggregator that writes down what it is handed, and receives to the disk.
+
+    NVFlare 2.9 switches enable_tensor_disk_offload on for another cell than the simulator's server
+    receives with: here it is switched on for that one.
+    """
     folder = tmp_path_factory.mktemp("fedavg")
-    (folder / "counting.py").write_text(
+    (folder / "watched.py").write_text(
         textwrap.dedent(
             """
             import os
+            import tempfile
 
             from fastagg.engines.nvflare import FastAggModelAggregator
+            from nvflare.apis.event_type import EventType
 
-            class Counting(FastAggModelAggregator):
+            class Watched(FastAggModelAggregator):
+                def handle_event(self, event_type, fl_ctx):
+                    super().handle_event(event_type, fl_ctx)
+                    if event_type == EventType.START_RUN:
+                        cell = fl_ctx.get_engine().server.job_cell
+                        root = tempfile.mkdtemp(prefix="received_")
+                        cell.update_fobs_context({"enable_tensor_disk_offload": True})
+                        cell.update_fobs_context({"tensor_disk_offload_root_dir": root})
+
                 def accept_model(self, model):
+                    kinds = {type(value).__name__ for value in model.params.values()}
                     with open(os.environ["FASTAGG_TEST_KINDS"], "a") as file:
-                        file.write(" ".join({type(value).__name__ for value in model.params.values()}) + "\\n")
+                        print(*sorted(kinds), file=file)
                     super().accept_model(model)
             """
         )
@@ -109,9 +125,9 @@ def fedavg_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
             import sys
             sys.path.insert(0, {str(EXAMPLE)!r})
             import job
-            from counting import Counting
+            from watched import Watched
             from fastagg.engines.nvflare import aggregator
-            aggregator.FastAggModelAggregator = Counting
+            aggregator.FastAggModelAggregator = Watched
             job.main()
             """
         )
@@ -160,9 +176,11 @@ def test_fedavg_saves_the_global_adapter(fedavg_job: Job) -> None:
     assert_best(adapter, fedavg_job.exact(ROUNDS - 1), 16)
 
 
-def test_fedavg_hands_references_to_files_over(fedavg_job: Job) -> None:
+def test_references_to_files_are_read_and_their_files_removed(fedavg_job: Job) -> None:
     kinds = (fedavg_job.folder / "kinds.txt").read_text().splitlines()
     assert kinds == ["_LazyRef"] * (ROUNDS * len(RANKS))
+    (root,) = (fedavg_job.folder / "temporary").glob("received_*")
+    assert not list(root.rglob("*"))
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +211,8 @@ def flora_exact(job: Job, number: int, sites: list[str], run_name: str = "record
 
 def assert_stack(received: Any, number: int, exact: Mapping[str, torch.Tensor]) -> None:
     prefix = f"fastagg.merges.{number}/"
-    stack = {key.removeprefix(prefix): t for key, t in received["params"].items() if key.startswith(prefix)}
+    params = received["params"].items()
+    stack = {key.removeprefix(prefix): t for key, t in params if key.startswith(prefix)}
     found = deltas(Adapter(stack, received["meta"]["fastagg.merges"][str(number)]))
     for module, target in exact.items():
         assert (found[module] - target).norm() <= 1e-6 * target.norm()
