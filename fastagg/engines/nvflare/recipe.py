@@ -11,6 +11,7 @@ from nvflare.job_config.script_runner import ScriptRunner
 from nvflare.recipe.spec import Recipe
 
 from fastagg.engines.nvflare.controller import FastAggController
+from fastagg.errors import InvalidInput
 
 __all__ = ["FastAggRecipe"]
 
@@ -30,6 +31,11 @@ class FastAggRecipe(Recipe):  # type: ignore[misc]
         launch_external_process: whether it runs in a process of its own.
         command: what it is started with there.
         options: those of :class:`FastAggController`.
+
+    ``nvflare.recipe.set_per_site_config`` may give sites a script, arguments and so on of their own.
+
+    Raises:
+        InvalidInput: as :class:`FastAggController`.
     """
 
     def __init__(
@@ -43,25 +49,50 @@ class FastAggRecipe(Recipe):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         controller = FastAggController(**options)
-        self.train_script = train_script
+        # Under these names NVFlare looks for secrets that nobody should write into a job.
         self.train_args = train_args
-        self.launch_external_process = launch_external_process
         self.command = command
+        self._client: dict[str, Any] = {
+            "train_script": train_script,
+            "train_args": train_args,
+            "launch_external_process": launch_external_process,
+            "command": command,
+        }
+        self._sites: dict[str, dict[str, Any]] = {}
         job = FedJob(name=name, min_clients=controller.min_clients)
         # It is installed on the server: a job that brought a copy along would be stuck with that.
         job.set_app_packages(["fastagg"])
         job.to_server(controller)
         super().__init__(job)
 
+    def _apply_per_site_config(self, config: dict[str, dict[str, Any]]) -> None:
+        for site, own in config.items():
+            unknown = own.keys() - self._client.keys()
+            if unknown:
+                raise InvalidInput(
+                    "not a setting of a site",
+                    client=site,
+                    field=min(unknown),
+                    expected=", ".join(self._client),
+                )
+        self._sites = config
+
     def _prepare_client_apps(self) -> None:
-        self._job.to_clients(
-            ScriptRunner(
-                script=self.train_script,
-                script_args=self.train_args,
-                launch_external_process=self.launch_external_process,
-                command=self.command,
-                framework=FrameworkType.PYTORCH,
-                server_expected_format=ExchangeFormat.PYTORCH,
-                params_transfer_type=TransferType.FULL,
-            )
-        )
+        if not self._sites:
+            self._job.to_clients(_runner(**self._client))
+        for site, own in self._sites.items():
+            self._job.to(_runner(**{**self._client, **own}), site)
+
+
+def _runner(
+    train_script: str, train_args: str, launch_external_process: bool, command: str
+) -> ScriptRunner:
+    return ScriptRunner(
+        script=train_script,
+        script_args=train_args,
+        launch_external_process=launch_external_process,
+        command=command,
+        framework=FrameworkType.PYTORCH,
+        server_expected_format=ExchangeFormat.PYTORCH,
+        params_transfer_type=TransferType.FULL,
+    )

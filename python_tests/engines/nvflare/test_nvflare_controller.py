@@ -71,3 +71,22 @@ def test_an_exported_job_holds_every_argument(tmp_path: Path) -> None:
     (client,) = (tmp_path / "job").rglob("config_fed_client.json")
     (executor,) = json.loads(client.read_text())["executors"]
     assert executor["executor"]["args"]["server_expected_format"] == "pytorch"
+
+
+def test_sites_may_have_arguments_of_their_own(tmp_path: Path) -> None:
+    from nvflare.recipe import set_per_site_config
+
+    script = tmp_path / "client.py"
+    script.write_text("print('a client')")
+    recipe = FastAggRecipe(train_script=str(script), num_rounds=1, train_args="--rank 4")
+    set_per_site_config(recipe, {"site-1": {"train_args": "--rank 16"}, "site-2": {}})
+    recipe.export(str(tmp_path / "job"))
+    found = {}
+    for file in (tmp_path / "job").rglob("config_fed_client.json"):
+        (executor,) = json.loads(file.read_text())["executors"]
+        found[file.parents[1].name] = executor["executor"]["args"]["task_script_args"]
+    assert found == {"app_site-1": "--rank 16", "app_site-2": "--rank 4"}
+    with pytest.raises(InvalidInput, match=r"site-1.*'rank'"):
+        set_per_site_config(
+            FastAggRecipe(train_script=str(script), num_rounds=1), {"site-1": {"rank": 16}}
+        )
