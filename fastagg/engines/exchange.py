@@ -186,10 +186,14 @@ class Exchange:
         self._check_together(client, fresh)
         self._standing = self._with_client(self._standing, client, fresh)
 
-    def outgoing(self, client: str) -> Outgoing:
+    def outgoing(self, client: str, *, merged: int | None = None) -> Outgoing:
         """What a client begins the round with that is in progress or comes next; as often as it asks.
 
         A client that is not known is enrolled, where there is an initial adapter.
+
+        Args:
+            merged: the last round whose stack is in its base weights, 0 for a client that began anew;
+                None: the last of those that it is known to have merged.
 
         Raises:
             InvalidInput: as :meth:`enrol`.
@@ -200,7 +204,7 @@ class Exchange:
         if self._merging and adapter is not None:
             # What was trained is in the base weights: the next factors are fresh ones.
             adapter = None if self._initial is None else self._fresh(self._initial, adapter.config)
-        return Outgoing(self.round, adapter, self._standing.missed(client))
+        return Outgoing(self.round, adapter, self._standing.missed(client, merged))
 
     def begin(self, participants: Iterable[str] | None = None) -> int:
         """Begins a round and returns its number.

@@ -53,9 +53,11 @@ class Standing:
             )
         return self.adapters[self.place[client]]
 
-    def missed(self, client: str) -> tuple[tuple[int, Adapter], ...]:
-        """(round, stack) of the rounds that a client may not have merged yet, the oldest first."""
-        through = self.merged_through.get(client, 0)
+    def missed(self, client: str, through: int | None = None) -> tuple[tuple[int, Adapter], ...]:
+        """(round, stack) of the rounds that a client may not have merged yet, the oldest first: those
+        after ``through``, or after the last that it is known to have merged."""
+        if through is None:
+            through = self.merged_through.get(client, 0)
         return tuple(enumerate(self.stacks[through:], start=through + 1))
 
     def has_like(self, adapter: Adapter) -> bool:

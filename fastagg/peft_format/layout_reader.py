@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 from fastagg.dtypes import DTYPE_CODES, dtype_name
 from fastagg.errors import InvalidInput
 from fastagg.peft_format.config import AdapterConfig
 from fastagg.peft_format.layout import PREFIX, Kind, Layout, Slot, TensorSpan
 
-__all__ = ["read_layout"]
+__all__ = ["ranks_of", "read_layout"]
 
 _BASE = re.compile(r"(?:^|\.)base_model\.model\.")
 # Wrappers of training frameworks put themselves into the names of a live model's modules.
@@ -285,6 +287,16 @@ class _Reader:
                 cure="Save the configuration that the adapter was trained with: its scaling "
                 "depends on the rank",
             )
+
+
+def ranks_of(state_dict: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Module -> rank, from the shapes of the A factors alone; what is no factor is passed over."""
+    ranks = {}
+    for source, tensor in state_dict.items():
+        match = _FACTOR.fullmatch(_canonical(source))
+        if match is not None and (match["linear"] or match["embedding"]).endswith("A") and tensor.dim():
+            ranks[match["module"]] = tensor.shape[0]
+    return ranks
 
 
 def _canonical(source: str) -> str:
