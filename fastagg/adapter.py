@@ -50,7 +50,7 @@ class Adapter:
         *,
         name: str | None = None,
     ) -> None:
-        parsed = _config(config, name)
+        parsed = AdapterConfig.of(config, client=name)
         spans, nbytes = _planned(state_dict, name)
         layout = Layout.of(spans, parsed, nbytes, client=name)
         flat = torch.empty(nbytes, dtype=torch.uint8)
@@ -251,14 +251,6 @@ class Adapter:
         ranks = sorted({slot.rank for slot in self._layout.slots})
         named = f"{self._name!r}, " if self._name else ""
         return f"Adapter({named}{len(self.modules)} modules, rank {', '.join(map(str, ranks))})"
-
-
-def _config(config: Any, client: str | None) -> AdapterConfig:
-    if isinstance(config, AdapterConfig):
-        return config
-    if not isinstance(config, Mapping) and hasattr(config, "to_dict"):
-        config = config.to_dict()
-    return AdapterConfig.from_dict(config, client=client)
 
 
 def _planned(state_dict: Mapping[str, torch.Tensor], client: str | None) -> tuple[list[TensorSpan], int]:

@@ -12,7 +12,7 @@ from fastagg.errors import InvalidInput
 from fastagg.peft_format.config import AdapterConfig
 from fastagg.peft_format.layout import PREFIX, Kind, Layout, Slot, TensorSpan
 
-__all__ = ["read_layout"]
+__all__ = ["read_layout", "read_ranks"]
 
 _BASE = re.compile(r"(?:^|\.)base_model\.model\.")
 # Wrappers of training frameworks put themselves into the names of a live model's modules.
@@ -69,6 +69,20 @@ def read_layout(
     reader.refuse_whole_models(slots)
     reader.refuse_tied(slots)
     return Layout(slots, reader.whole.values(), nbytes, digest)
+
+
+def read_ranks(shapes: Iterable[tuple[str, Sequence[int]]]) -> dict[str, int]:
+    """Module -> rank, as the shapes of the A factors have it, whatever the configuration says.
+
+    Args:
+        shapes: (key, shape) of each tensor, under the client's own keys; others than A are passed over.
+    """
+    ranks = {}
+    for key, shape in shapes:
+        match = _FACTOR.fullmatch(_canonical(key)) if "lora_" in key else None
+        if match is not None and (match["embedding"] or match["linear"]).endswith("A") and len(shape):
+            ranks[match["module"]] = int(shape[0])
+    return ranks
 
 
 class _Reader:
