@@ -3,8 +3,10 @@ by the equations in float64 and from the keys alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from adapters import make_config
@@ -115,4 +117,9 @@ def check_optimal(
 
 def bits(state: Mapping[str, Tensor]) -> dict[str, bytes]:
     """To see whether an argument was changed."""
-    return {key: tensor.contiguous().view(torch.uint8).numpy().tobytes() for key, tensor in state.items()}
+    return {key: tensor.view(torch.uint8).numpy().tobytes() for key, tensor in state.items()}
+
+
+def parameters(hook: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
+    """What a caller has to know of a signature: names, defaults and kinds in their order."""
+    return [(p.name, p.default, p.kind) for p in inspect.signature(hook).parameters.values()]
