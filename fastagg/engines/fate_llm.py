@@ -39,8 +39,9 @@ _RETURNED = "aggregated_values"
 class AggregatorServer(StateDictRounds):
     """What ``BaseAggregatorServer.model_aggregation`` does, by dW and for mixed ranks.
 
-    Parties are named by their rank among the parties: "0", "1", ... FATE makes float64 of the
-    parameters; here they are float32 (float16 stays), and go back in the dtype that they came in.
+    Parties are named by their rank among the parties: "0", "1", ... FATE makes float64 of a model's
+    parameters, and float32 of what comes back before it puts that into the model: here they are float32
+    from the start, half the bytes. float16 stays float16.
 
     Args:
         names: the parameters' names in the order of the arrays, the same for all parties:
@@ -67,7 +68,6 @@ class AggregatorServer(StateDictRounds):
         super().__init__(config, method, clients=clients, skip_invalid=skip_invalid, **options)
         self._names = tuple(names)
         self._prefix = prefix
-        self._dtypes: dict[str, dict[str, np.dtype[Any]]] = {}
         if not self._names or len(set(self._names)) < len(self._names):
             raise InvalidInput(
                 "not the names of a model's parameters",
@@ -101,8 +101,7 @@ class AggregatorServer(StateDictRounds):
             InvalidInput: as :meth:`handout`.
         """
         handed = self.handout(party)
-        dtypes = self._dtypes[str(party)]
-        return [handed[name].numpy().astype(dtypes[name], copy=False) for name in self._names]
+        return [handed[name].numpy() for name in self._names]
 
     def _received(self, ctx: Any, parties: Sequence[int]) -> Iterator[Entry]:
         for party in parties:
@@ -119,14 +118,12 @@ class AggregatorServer(StateDictRounds):
                 got=f"{len(sent)}" if isinstance(sent, (list, tuple)) else type(sent).__name__,
                 cure="Name the parameters of the party's model that are trained, in their order",
             )
-        named = dict(zip(self._names, sent, strict=True))
-        tensors = {name: _tensor(array, client, name) for name, array in named.items()}
-        self._dtypes[client] = {name: array.dtype for name, array in named.items()}
-        return tensors
+        named = zip(self._names, sent, strict=True)
+        return {name: _tensor(array, client, name) for name, array in named}
 
 
 def _tensor(array: Any, client: str, name: str) -> Tensor:
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise InvalidInput(
             "not an array of floating-point numbers",
             client=client,
@@ -135,6 +132,7 @@ def _tensor(array: Any, client: str, name: str) -> Tensor:
             got=f"{array.dtype} numbers" if isinstance(array, np.ndarray) else type(array).__name__,
             cure="Set FedArguments(aggregator='plaintext'): masked sums of factors are not dW",
         )
-    dtype = np.float16 if array.dtype == np.float16 else np.float32
-    # A copy: an array off the wire may be read-only, which a tensor cannot be.
-    return torch.from_numpy(np.array(array, dtype=dtype))
+    # Off the wire an array may be read-only or of the other byte order, which a tensor cannot be.
+    native = array.dtype.newbyteorder("=")
+    tensor = torch.from_numpy(np.require(array, native, ["C", "W"]))
+    return tensor.float() if tensor.dtype == torch.float64 else tensor

@@ -143,11 +143,14 @@ class StateDictRounds:
                 field=lacking[0].source,
                 cure="Pass like=, the client's state dict",
             )
-        # All of it is overwritten: what the layout has, the round has too.
-        blank = torch.zeros(known.layout.nbytes, dtype=torch.uint8)
-        shape = Adapter.from_flat(blank, known.layout, known.config, name=name)
-        handed = self.result.adapter(like=shape).state_dict()
-        return {key: tensor.to(known.device) for key, tensor in handed.items()}
+        if name in self.result.clients:
+            handed = self.result.adapter(client=name)
+        else:
+            # All of it is overwritten: what the layout has, the round has too.
+            blank = torch.zeros(known.layout.nbytes, dtype=torch.uint8)
+            shape = Adapter.from_flat(blank, known.layout, known.config, name=name)
+            handed = self.result.adapter(like=shape)
+        return {key: tensor.to(known.device) for key, tensor in handed.state_dict().items()}
 
     def _round(
         self, entries: Iterable[Entry], model: Mapping[str, Tensor], field: str

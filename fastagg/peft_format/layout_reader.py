@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -77,12 +78,17 @@ def read_ranks(shapes: Iterable[tuple[str, Sequence[int]]]) -> dict[str, int]:
     Args:
         shapes: (key, shape) of each tensor, under the client's own keys; others than A are passed over.
     """
-    ranks = {}
-    for key, shape in shapes:
-        match = _FACTOR.fullmatch(_canonical(key)) if "lora_" in key else None
-        if match is not None and (match["embedding"] or match["linear"]).endswith("A") and len(shape):
-            ranks[match["module"]] = int(shape[0])
-    return ranks
+    placed = ((_module_of_a(key), shape) for key, shape in shapes)
+    return {module: int(shape[0]) for module, shape in placed if module is not None and len(shape)}
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _module_of_a(key: str) -> str | None:
+    """The module whose A factor a key is. Cached: the clients of a federation have the same keys."""
+    match = _FACTOR.fullmatch(_canonical(key))
+    if match is None or not (match["embedding"] or match["linear"]).endswith("A"):
+        return None
+    return match["module"]
 
 
 class _Reader:
