@@ -13,7 +13,6 @@ pytest.importorskip("pydantic")
 from bench import engines
 from bench.engines import ENGINES, Work
 
-
 # numpy has no bfloat16.
 CASES = [(name, torch.float16 if name == "FATE-LLM" else torch.bfloat16) for name in ENGINES]
 
