@@ -182,8 +182,8 @@ def _limit(federation: Federation, rate: Rates) -> str:
         f"written for each, takes {in_memory} at the rate of a memory copy; the flops take {flops}. "
         f"{within}. A module is on one machine, so at most {widest} share the work, in {at_best}; past "
         f"them only faster machines help. The stack is larger than dW from R = {crossing:,.0f} on, and "
-        f"would be {larger:.3g} times as large here: sums are dense, and what is held does not grow with "
-        "the clients."
+        f"would be {larger:.3g} times as large here: sums are dense, and what is held does not grow "
+        "with the clients."
     )
 
 

@@ -43,6 +43,19 @@ class _Client:
     config: AdapterConfig
     device: torch.device
 
+    @classmethod
+    def of(cls, adapter: Adapter, state: Mapping[str, Tensor]) -> _Client:
+        return cls(adapter.layout, adapter.config, next(iter(state.values())).device)
+
+    def resized(self, name: str, config: AdapterConfig) -> _Client:
+        """A client that has the same modules and keys at the ranks of its own configuration."""
+        blank = {span.source: torch.zeros(span.shape, dtype=span.dtype) for span in self.layout.whole}
+        for slot in self.layout.slots:
+            rank, a, b = config.rank_of(slot.module), slot.a, slot.b
+            blank[a.source] = torch.zeros(rank, *a.shape[1:], dtype=a.dtype)
+            blank[b.source] = torch.zeros(b.shape[0], rank, *b.shape[2:], dtype=b.dtype)
+        return _Client(Adapter(blank, config, name=name).layout, config, self.device)
+
 
 @dataclass(frozen=True)
 class _Ended:
@@ -64,7 +77,8 @@ class StateDictRounds:
         method: as :class:`fastagg.Aggregator` takes it, of those that hand every client an adapter of
             its own rank.
         clients: client -> its own configuration, where that is another than ``config``: another
-            ``lora_alpha``, say. Its ranks then have to be the tensors'.
+            ``lora_alpha``, say. Its ranks then have to be the tensors', and are known before the client
+            is heard.
         skip_invalid: leave a client out that cannot be aggregated, with a warning, instead of failing
             the round.
         options: those of :class:`fastagg.Aggregator`: max_memory, missing, accumulator, route, device,
@@ -102,15 +116,17 @@ class StateDictRounds:
         self._config = _parsed(config, None)
         self._own_configs = {str(name): _parsed(own, str(name)) for name, own in (clients or {}).items()}
         self._known: dict[str, _Client] = {}
+        self._model: _Client | None = None
         self._keys: frozenset[str] = frozenset()
 
     def handout(self, client: object, like: Mapping[str, Tensor] | None = None) -> StateDict:
         """What a client goes on from: the method's hand-out at the client's own rank.
 
         Args:
-            client: as the codebase numbers or names it.
-            like: a state dict of the client's, for one that has not been heard yet or that has modules
-                which the last round's clients lack; such keep their numbers.
+            client: as the codebase numbers or names it: one that was heard in any round, or that has a
+                configuration of its own, whose ranks the global model's modules then have.
+            like: a state dict of the client's, for any other, and for one that has modules which the
+                last round's clients lack; such keep their numbers.
 
         Returns:
             The client's own keys, ranks and dtypes, on the device that its tensors were on. The tensors
@@ -126,15 +142,10 @@ class StateDictRounds:
                 "there is nothing to hand out before the first round", client=name, field="handout"
             )
         if like is not None:
-            return self._up_to_date(self.result, name, like)
-        known = self._known.get(name)
-        if known is None:
-            raise InvalidInput(
-                "no update of this client has come yet, so its rank is not known",
-                client=name,
-                expected=f"one of {len(self._known)}: {', '.join(list(self._known)[:5])}",
-                cure="Pass like=, a state dict of the client's",
-            )
+            own = self._adapter(name, like)
+            self._known[name] = _Client.of(own, like)
+            return self._up_to_date(self.result, own, like)
+        known = self._known_client(name)
         lacking = [span for span in known.layout.tensors if span.key not in self._keys]
         if lacking:
             raise InvalidInput(
@@ -166,8 +177,10 @@ class StateDictRounds:
             The keys of ``model``: its adapter at its own rank, and whatever else it holds as it came.
         """
         ended = self._fold(entries, field)
-        handed = self._up_to_date(ended.result, "the global model", model)
+        own = self._adapter("the global model", model)
+        handed = self._up_to_date(ended.result, own, model)
         self._settle(ended)
+        self._model = _Client.of(own, model)
         return handed
 
     def _fold(self, entries: Iterable[Entry], field: str) -> _Ended:
@@ -179,7 +192,7 @@ class StateDictRounds:
             try:
                 state = self._tensors(client, sent)
                 adapter = self._adapter(client, state)
-                known[client] = _Client(adapter.layout, adapter.config, _device_of(state))
+                known[client] = _Client.of(adapter, state)
                 aggregator.add(ClientUpdate(adapter, weight, client))
             except InvalidInput as error:
                 named = error.for_client(client)
@@ -207,9 +220,22 @@ class StateDictRounds:
         self._keys = ended.keys
         self.result, self.skipped = ended.result, ended.skipped
 
-    def _up_to_date(self, result: Aggregate, name: str, state: Mapping[str, Tensor]) -> StateDict:
-        own = result.adapter(like=self._adapter(name, state)).state_dict()
-        return {key: own[key].to(old.device) if key in own else old for key, old in state.items()}
+    def _up_to_date(self, result: Aggregate, own: Adapter, state: Mapping[str, Tensor]) -> StateDict:
+        new = result.adapter(like=own).state_dict()
+        return {key: new[key].to(old.device) if key in new else old for key, old in state.items()}
+
+    def _known_client(self, name: str) -> _Client:
+        known, config = self._known.get(name), self._own_configs.get(name)
+        if known is None and config is not None and self._model is not None:
+            return self._model.resized(name, config)
+        if known is None:
+            raise InvalidInput(
+                "no update of this client has come yet, so its rank is not known",
+                client=name,
+                expected=f"one of {len(self._known)}: {', '.join(list(self._known)[:5])}",
+                cure="Pass like=, a state dict of the client's, or its configuration in clients=",
+            )
+        return known
 
     def _tensors(self, client: str, sent: Any) -> Mapping[str, Tensor]:
         """A client's message as tensors by key.
@@ -283,6 +309,3 @@ def _at_ranks(config: AdapterConfig, ranks: tuple[tuple[str, int], ...]) -> Adap
 def _is_named(key: object, tensor: object) -> bool:
     return isinstance(key, str) and isinstance(tensor, Tensor)
 
-
-def _device_of(state: Mapping[str, Tensor]) -> torch.device:
-    return next(iter(state.values())).device

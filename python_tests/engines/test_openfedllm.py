@@ -67,12 +67,28 @@ def test_only_the_clients_of_the_round_count() -> None:
     returned, _ = hook(FEDAVG, before, states, list(WEIGHTS), [1, 3], 0)
     check_optimal(returned, [sent[1], sent[3]], before)
     check_optimal(hook.handout(2, like=states[2]), [sent[1], sent[3]], sent[2].state)
-    with pytest.raises(InvalidInput, match=r"client '2'.*Pass like="):
-        hook.handout(2)
+    with pytest.raises(InvalidInput, match=r"client '0'.*Pass like="):
+        hook.handout(0)
     with pytest.raises(InvalidInput, match=r"client '9'.*clients_this_round"):
         hook(FEDAVG, before, states, list(WEIGHTS), [1, 9], 1)
     with pytest.raises(InvalidInput, match=r"clients_this_round.*nothing to aggregate"):
         hook(FEDAVG, before, states, list(WEIGHTS), [], 1)
+
+
+def test_a_client_that_was_never_heard_is_served_by_its_configuration() -> None:
+    """As where few clients take part in a round, and others begin the next."""
+    sent = clients()
+    own = {7: make_config(MODULES, rank=6, alpha=3), "ann": make_config(MODULES, rank=2)}
+    hook = GlobalAggregate(CONFIG, clients=own)
+    before = state_dict(8, 99, LIVE_KEYS)
+    hook(FEDAVG, before, [each.state for each in sent], list(WEIGHTS), range(4), 0)
+    check_optimal(hook.handout(7), sent, state_dict(6, 0, LIVE_KEYS), alpha=3)
+    check_optimal(hook.handout("ann"), sent, state_dict(2, 0, LIVE_KEYS))
+    with pytest.raises(InvalidInput, match=r"client '8'.*clients="):
+        hook.handout(8)
+    heard = state_dict(5, 3)
+    check_optimal(hook.handout(8, like=heard), sent, heard)
+    check_optimal(hook.handout(8), sent, heard)
 
 
 def test_clients_with_an_alpha_of_their_own() -> None:
