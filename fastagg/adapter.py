@@ -39,6 +39,7 @@ class Adapter:
             name (``lora_A.default.weight``) are understood. Copied once.
         config: the fields of ``adapter_config.json``, an AdapterConfig or a ``peft.LoraConfig``.
         name: what errors and reports call it.
+        dtype: cast all tensors to it as they are copied; None keeps each tensor's own.
 
     Raises:
         InvalidInput: anything that cannot be aggregated exactly, named with its cure.
@@ -50,9 +51,10 @@ class Adapter:
         config: Mapping[str, Any] | AdapterConfig | Any,
         *,
         name: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         parsed = AdapterConfig.of(config, client=name)
-        spans, nbytes = _planned(state_dict, name)
+        spans, nbytes = _planned(state_dict, dtype, name)
         layout = Layout.of(spans, parsed, nbytes, client=name)
         flat = torch.empty(nbytes, dtype=torch.uint8)
         _fill(flat, spans, state_dict)
@@ -254,7 +256,7 @@ class Adapter:
 
 
 def _planned(
-    state_dict: Mapping[str, torch.Tensor], client: str | None
+    state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype | None, client: str | None
 ) -> tuple[tuple[TensorSpan, ...], int]:
     """Where each tensor will lie in one buffer, packed as safetensors would."""
     if not isinstance(state_dict, Mapping):
@@ -278,7 +280,7 @@ def _planned(
                 else f"{type(key).__name__} and {type(tensor).__name__}",
             )
     return _placed(
-        tuple((key, tuple(tensor.shape), tensor.dtype) for key, tensor in state_dict.items())
+        tuple((key, tuple(t.shape), dtype or t.dtype) for key, t in state_dict.items())
     )
 
 

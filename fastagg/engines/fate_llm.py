@@ -121,6 +121,10 @@ class AggregatorServer(StateDictRounds):
         named = zip(self._names, sent, strict=True)
         return {name: _tensor(array, client, name) for name, array in named}
 
+    def _dtype_of(self, part: Mapping[str, Tensor]) -> torch.dtype | None:
+        wide = any(tensor.dtype == torch.float64 for tensor in part.values())
+        return torch.float32 if wide else None
+
 
 def _tensor(array: Any, client: str, name: str) -> Tensor:
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.dtype.itemsize > 8:
@@ -134,5 +138,4 @@ def _tensor(array: Any, client: str, name: str) -> Tensor:
         )
     # Off the wire an array may be read-only or of the other byte order, which a tensor cannot be.
     native = array.dtype.newbyteorder("=")
-    tensor = torch.from_numpy(np.require(array, native, ["C", "W"]))
-    return tensor.float() if tensor.dtype == torch.float64 else tensor
+    return torch.from_numpy(np.require(array, native, ["C", "W"]))

@@ -258,7 +258,11 @@ class StateDictRounds:
         if config is None:
             shapes = ((key, tensor.shape) for key, tensor in part.items() if _is_named(key, tensor))
             config = _at_ranks(self._config, tuple(sorted(read_ranks(shapes).items())))
-        return Adapter(part, config, name=client)
+        return Adapter(part, config, name=client, dtype=self._dtype_of(part))
+
+    def _dtype_of(self, part: Mapping[str, Tensor]) -> torch.dtype | None:
+        """What a client's tensors are aggregated in; None: their own dtypes."""
+        return None
 
 
 def adapter_part(state: Mapping[str, Tensor], config: AdapterConfig) -> Mapping[str, Tensor]:
