@@ -7,19 +7,16 @@ only compared, and a difference is an error. No figure there is written by hand.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.readme import README, rewrite, rows_of, source, table
 from fastagg.bench.cases import CASES, SERIES
 from fastagg.bench.durations import format_seconds
 from fastagg.bench.growth import growth, headline
 from fastagg.bench.record import Record, Row, read_record
 from fastagg.byte_sizes import format_bytes
-from fastagg.whole_file import write_whole
 
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 BEGIN = "<!-- figures: written by python -m bench.figures -->"
 END = "<!-- figures: end -->"
 MODEL = "llama7b-qv-10"
@@ -46,64 +43,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("records", type=Path, nargs="+", help="rows are of the first that has them")
     parser.add_argument("--check", action="store_true", help="compare only")
     options = parser.parse_args(arguments)
-    text = README.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"{README.name} lacks the marks {BEGIN} and {END}")
-    written = f"{before}{BEGIN}\n\n{figures(options.records)}\n\n{END}{after}"
-    if not options.check:
-        write_whole(README, written)
-    elif written != text:
-        sys.exit(f"{README.name} does not say what the records say: leave out --check to write it")
+    rewrite(README, BEGIN, END, figures(options.records), check=options.check)
 
 
 def figures(paths: Sequence[Path]) -> str:
     """All tables, as Markdown."""
     records = [read_record(path) for path in paths]
-    sources = "\n".join(_source(r, path) for r, path in zip(records, paths, strict=True))
+    sources = "\n".join(source(r, path) for r, path in zip(records, paths, strict=True))
     parts = (_goals, _end_to_end, _models, _growth)
     return "\n\n".join([sources, *(part(records) for part in parts)])
-
-
-def _source(record: Record, path: Path) -> str:
-    machine, settings = record.machine, record.settings
-    place = path.resolve().relative_to(ROOT)
-    where = machine.gpu or f"{settings.threads} threads of an {machine.cpu} ({machine.capability})"
-    return (
-        f"- [`{place}`]({place}): {where}, torch {machine.torch}, {machine.date}, commit "
-        f"{machine.commit}; {settings.effort} effort, factors {settings.dtype}, {settings.factors}."
-    )
-
-
-def _of(records: Sequence[Record], case: str, op: str) -> list[Row]:
-    return next((rows for rows in (record.of(case, op) for record in records) if rows), [])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    lines.insert(1, f"|{'---|' * len(head)}")
-    return "\n".join(lines)
 
 
 def _goals(records: Sequence[Record]) -> str:
     lines = []
     for what, aim, op, over, under, percent in GOALS:
-        named = {row.contender: row for row in _of(records, MODEL, op)}
+        named = {row.contender: row for row in rows_of(records, MODEL, op)}
         above, below = named[over], named[under]
         ratio = above.seconds / below.seconds
         noise = max(above.noise or 0.0, below.noise or 0.0)
         measured = f"{100 * ratio:.0f}%" if percent else f"{ratio:.2f}"
         lines.append((what, aim, measured, f"{100 * noise:.0f}%"))
-    importing = _of(records, "fresh-interpreter", "import")[0]
+    importing = rows_of(records, "fresh-interpreter", "import")[0]
     seconds, noise = format_seconds(importing.seconds), importing.noise or 0.0
     what = "`import fastagg`, with the interpreter's start"
     lines.append((what, "at most 0.3 s", seconds, f"{100 * noise:.0f}%"))
-    return f"What is aimed at, on `{MODEL}`:\n\n{_table(('', 'aim', 'measured', 'noise'), lines)}"
+    return f"What is aimed at, on `{MODEL}`:\n\n{table(('', 'aim', 'measured', 'noise'), lines)}"
 
 
 def _end_to_end(records: Sequence[Record]) -> str:
-    rows = [row for row in _of(records, MODEL, "end-to-end") if row.kind != "limit"]
+    rows = [row for row in rows_of(records, MODEL, "end-to-end") if row.kind != "limit"]
     lines = [
         (
             _name(row),
@@ -120,16 +88,16 @@ def _end_to_end(records: Sequence[Record]) -> str:
         f"{rows[0].modules} modules of 4096 x 4096\n(the error is that of what the first client "
         "is handed, in bfloat16; \\* timed on fewer modules\nand scaled by the counted work):"
     )
-    return f"{about}\n\n{_table(head, lines)}"
+    return f"{about}\n\n{table(head, lines)}"
 
 
 def _models(records: Sequence[Record]) -> str:
     """Every operation on every model: FastAgg, the fastest baseline, the limit."""
     series = {case.name for each in SERIES.values() for case in each.cases}
-    tables = dict.fromkeys(table for record in records for table in record.tables())
+    tables = dict.fromkeys(pair for record in records for pair in record.tables())
     lines = []
     for case, op in tables:
-        rows = _of(records, case, op)
+        rows = rows_of(records, case, op)
         baselines = [row for row in rows if row.kind == "baseline"]
         if case in series or case not in CASES or not baselines:
             continue
@@ -141,7 +109,7 @@ def _models(records: Sequence[Record]) -> str:
         errors = (_error(own), _error(best))
         lines.append((f"`{case}`", op, _seconds(own), ratio, _name(best), share, *errors))
     head = ("case", "op", "FastAgg", "times faster", "than", "of limit", "error", "its error")
-    return f"Ops on whole models, beside the fastest of their baselines:\n\n{_table(head, lines)}"
+    return f"Ops on whole models, beside the fastest of their baselines:\n\n{table(head, lines)}"
 
 
 def _growth(records: Sequence[Record]) -> str:
@@ -159,7 +127,7 @@ def _growth(records: Sequence[Record]) -> str:
     if not lines:
         return "Growth: in none of these records."
     head = ("series", "op", "time", "time, large half", "memory", "memory, large half")
-    return f"Growth, as exponents of the bytes that come in (1 is linear):\n\n{_table(head, lines)}"
+    return f"Growth, as exponents of the bytes that come in (1 is linear):\n\n{table(head, lines)}"
 
 
 def _name(row: Row) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Adapter:
             name (``lora_A.default.weight``) are understood. Copied once.
         config: the fields of ``adapter_config.json``, an AdapterConfig or a ``peft.LoraConfig``.
         name: what errors and reports call it.
+        dtype: cast all tensors to it as they are copied; None keeps each tensor's own.
 
     Raises:
         InvalidInput: anything that cannot be aggregated exactly, named with its cure.
@@ -49,13 +51,13 @@ class Adapter:
         config: Mapping[str, Any] | AdapterConfig | Any,
         *,
         name: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        parsed = _config(config, name)
-        spans, nbytes = _planned(state_dict, name)
+        parsed = AdapterConfig.of(config, client=name)
+        spans, nbytes = _planned(state_dict, dtype, name)
         layout = Layout.of(spans, parsed, nbytes, client=name)
         flat = torch.empty(nbytes, dtype=torch.uint8)
-        for span in spans:
-            view(flat, span).copy_(state_dict[span.source].detach())
+        _fill(flat, spans, state_dict)
         self._set(flat, layout, parsed, name, None)
 
     @classmethod
@@ -253,15 +255,9 @@ class Adapter:
         return f"Adapter({named}{len(self.modules)} modules, rank {', '.join(map(str, ranks))})"
 
 
-def _config(config: Any, client: str | None) -> AdapterConfig:
-    if isinstance(config, AdapterConfig):
-        return config
-    if not isinstance(config, Mapping) and hasattr(config, "to_dict"):
-        config = config.to_dict()
-    return AdapterConfig.from_dict(config, client=client)
-
-
-def _planned(state_dict: Mapping[str, torch.Tensor], client: str | None) -> tuple[list[TensorSpan], int]:
+def _planned(
+    state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype | None, client: str | None
+) -> tuple[tuple[TensorSpan, ...], int]:
     """Where each tensor will lie in one buffer, packed as safetensors would."""
     if not isinstance(state_dict, Mapping):
         raise InvalidInput(
@@ -283,7 +279,30 @@ def _planned(state_dict: Mapping[str, torch.Tensor], client: str | None) -> tupl
                 if named
                 else f"{type(key).__name__} and {type(tensor).__name__}",
             )
-    placed, nbytes = packed(
-        TensorSpan(key, 0, tuple(tensor.shape), tensor.dtype, key) for key, tensor in state_dict.items()
+    return _placed(
+        tuple((key, tuple(t.shape), dtype or t.dtype) for key, t in state_dict.items())
     )
-    return list(placed.values()), nbytes
+
+
+@functools.lru_cache(maxsize=256)
+def _placed(
+    tensors: tuple[tuple[str, tuple[int, ...], torch.dtype], ...],
+) -> tuple[tuple[TensorSpan, ...], int]:
+    """Cached, since a round's clients have few distinct shapes, and each tensor costs microseconds."""
+    placed, nbytes = packed(TensorSpan(key, 0, shape, dtype, key) for key, shape, dtype in tensors)
+    return tuple(placed.values()), nbytes
+
+
+def _fill(
+    flat: torch.Tensor, spans: Iterable[TensorSpan], state_dict: Mapping[str, torch.Tensor]
+) -> None:
+    """Copies the tensors into their places, those of one dtype in one call: they lie side by side."""
+    for dtype, neighbours in itertools.groupby(spans, key=lambda span: span.dtype):
+        run = list(neighbours)
+        tensors = [state_dict[span.source].detach() for span in run]
+        if all(tensor.is_cpu for tensor in tensors):
+            room = flat[run[0].offset : run[-1].offset + run[-1].nbytes].view(dtype)
+            torch.cat([tensor.reshape(-1) for tensor in tensors], out=room)
+        else:
+            for span, tensor in zip(run, tensors, strict=True):
+                view(flat, span).copy_(tensor)

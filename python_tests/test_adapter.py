@@ -248,3 +248,12 @@ def test_factors_whose_product_leaves_float32_are_refused(tmp_path: Path) -> Non
         Adapter(large, make_config(rank=2), name="anna").check_finite()
     gauged = {key: tensor * (1e30 if "lora_A" in key else 1e-30) for key, tensor in state.items()}
     Adapter(gauged, make_config(rank=2), name="ben").check_finite()
+
+
+def test_tensors_are_cast_as_they_are_copied() -> None:
+    state = {key: tensor.double() / 3 for key, tensor in make_state_dict().items()}
+    adapter = Adapter(state, make_config(), dtype=torch.float32)
+    assert {tensor.dtype for tensor in adapter.state_dict().values()} == {torch.float32}
+    assert all(torch.equal(tensor, state[key].float()) for key, tensor in adapter.state_dict().items())
+    with pytest.raises(InvalidInput, match="float64"):
+        Adapter(state, make_config())

@@ -184,3 +184,25 @@ def test_the_order_of_patterns_counts_and_is_kept(tmp_path: Path) -> None:
         assert Adapter.load(tmp_path / "saved").scaling(module) == scaling
         aggregate_folders([folder], tmp_path / "out", method="flexlora", force=True)
         assert Adapter.load(tmp_path / "out/rank-8").scaling(module) == scaling
+
+
+@given(st.dictionaries(modules, st.integers(1, 99), min_size=1, max_size=5), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_at_other_ranks_every_module_keeps_its_alpha(ranks: dict[str, int], rslora: bool) -> None:
+    config = parsed(
+        r=8, lora_alpha=5, alpha_pattern={"q": 7.0}, rank_pattern={"v": 3}, use_rslora=rslora
+    )
+    changed = config.at_ranks(ranks)
+    for module, rank in ranks.items():
+        assert changed.rank_of(module) == rank
+        alpha = config.alpha_of(module)
+        assert changed.scaling_of(module) == alpha / (math.sqrt(rank) if rslora else rank)
+    assert changed.at_ranks(ranks) is changed
+
+
+def test_at_other_ranks_an_initialisation_that_fits_few_is_not_repeated() -> None:
+    assert parsed(init_lora_weights="orthogonal").at_ranks({"q": 3}).raw["init_lora_weights"] is True
+    with pytest.raises(InvalidInput, match=r"derives the base weights"):
+        parsed(init_lora_weights="pissa").at_ranks({"q": 3})
+    with pytest.raises(InvalidInput, match=r"'q'.*not a rank"):
+        parsed().at_ranks({"q": 0})

@@ -1,7 +1,9 @@
-"""FastAgg inside other federated codebases: Flower, NVFlare, and shims for the hooks of others.
-
-Each integration turns its framework's records into updates, wraps :class:`fastagg.Aggregator`, and turns
-the result back. None is imported, nor its framework, unless it is used:
+"""FastAgg at home in other federated codebases: each module fits one codebase's own hooks.
 
     from fastagg.engines.flower import FastAggStrategy
+    from fastagg.engines import openfedllm
+
+Each turns the codebase's records into updates, wraps :class:`fastagg.Aggregator`, and turns the result
+back. Importing this imports none of the codebases, and a module imports its own only where it cannot do
+without: a hook that is called by name and signature needs no base class.
 """

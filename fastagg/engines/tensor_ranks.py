@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
 import torch
 
 from fastagg.peft_format.config import AdapterConfig
-from fastagg.peft_format.layout_reader import ranks_of
+from fastagg.peft_format.layout_reader import read_ranks
 
 __all__ = ["at_ranks_of"]
 
 
-def at_ranks_of(config: AdapterConfig, state_dict: Mapping[str, torch.Tensor]) -> AdapterConfig:
+def at_ranks_of(config: AdapterConfig, state_dict: Mapping[Any, Any]) -> AdapterConfig:
     """The configuration at the ranks of these tensors, as the client that trained them had it.
 
     ``lora_alpha`` is taken over: the scaling is lora_alpha / r, or lora_alpha / sqrt(r) under rsLoRA,
     at the tensors' r. A client whose lora_alpha is another has to send a configuration of its own.
+    What is no named tensor is passed over.
 
     Raises:
         InvalidInput: a configuration whose initialisation ties the base weights to the rank.
     """
-    ranks = {module: rank for module, rank in ranks_of(state_dict).items() if rank > 0}
-    if all(config.rank_of(module) == rank for module, rank in ranks.items()):
-        return config
-    scalings = {
-        module: config.alpha_of(module) / (math.sqrt(rank) if config.use_rslora else rank)
-        for module, rank in ranks.items()
-    }
-    return config.with_ranks(ranks, scalings, own_modules=ranks)
+    shapes = (
+        (key, tensor.shape)
+        for key, tensor in state_dict.items()
+        if isinstance(key, str) and isinstance(tensor, torch.Tensor)
+    )
+    ranks = {module: rank for module, rank in read_ranks(shapes).items() if rank > 0}
+    return _at_ranks(config, tuple(sorted(ranks.items())))
+
+
+@lru_cache(maxsize=256)
+def _at_ranks(config: AdapterConfig, ranks: tuple[tuple[str, int], ...]) -> AdapterConfig:
+    """Cached, so that clients of the same ranks share a layout too."""
+    return config.at_ranks(dict(ranks))

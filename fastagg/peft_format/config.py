@@ -54,6 +54,20 @@ class AdapterConfig:
     changes_base: str | None
 
     @classmethod
+    def of(cls, config: object, *, client: str | None = None) -> AdapterConfig:
+        """A configuration as users have it: its fields, a ``peft.LoraConfig``, or one of these.
+
+        Raises:
+            InvalidInput: as :meth:`from_dict`.
+        """
+        if isinstance(config, AdapterConfig):
+            return config
+        fields: Any = config
+        if not isinstance(config, Mapping) and hasattr(config, "to_dict"):
+            fields = config.to_dict()
+        return cls.from_dict(fields, client=client)
+
+    @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, client: str | None = None) -> AdapterConfig:
         """Parses the content of an ``adapter_config.json``.
 
@@ -118,6 +132,25 @@ class AdapterConfig:
         # Only the outermost fields are sorted: PEFT takes the first pattern that matches a module.
         return dict(sorted(self.raw.items()))
 
+    def at_ranks(self, ranks: Mapping[str, int]) -> AdapterConfig:
+        """The configuration of a client that trained at these ranks with the same ``lora_alpha``: each
+        module's scaling is its own alpha / r.
+
+        Args:
+            ranks: module -> rank >= 1.
+
+        Raises:
+            InvalidInput: a rank below 1, or another rank for an adapter whose initialisation changed the
+                base weights.
+        """
+        if all(self.rank_of(module) == rank for module, rank in ranks.items()):
+            return self
+        for module, rank in ranks.items():
+            self._check_module(module, rank, 1.0)
+        default = Counter(ranks.values()).most_common(1)[0][0]
+        raw = {**self.raw, "r": default, "rank_pattern": _exceptions(ranks, default)}
+        return AdapterConfig.from_dict(_initialised_at_any_rank(raw))
+
     def with_ranks(
         self,
         ranks: Mapping[str, int],
@@ -144,8 +177,8 @@ class AdapterConfig:
             self._check_module(module, rank, scalings[module])
         rank_fields = self._rank_fields(ranks, scalings)
         raw = {**self.raw, **rank_fields}
-        if rank_fields and raw.get("init_lora_weights") in _FIT_FEW_RANKS:
-            raw["init_lora_weights"] = True
+        if rank_fields:
+            raw = _initialised_at_any_rank(raw)
         if own_modules is None or set(own_modules) != ranks.keys():
             raw.update(
                 target_modules=_exact_targets(sorted(ranks)),
@@ -230,6 +263,11 @@ class _PatternKey:
             if pattern.match(module):
                 return key
         return found
+
+
+def _initialised_at_any_rank(raw: dict[str, Any]) -> dict[str, Any]:
+    fits_few = raw.get("init_lora_weights") in _FIT_FEW_RANKS
+    return {**raw, "init_lora_weights": True} if fits_few else raw
 
 
 def _alpha_for(scaling: float, rank: int) -> int | float:

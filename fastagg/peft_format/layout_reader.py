@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-
-import torch
 
 from fastagg.dtypes import DTYPE_CODES, dtype_name
 from fastagg.errors import InvalidInput
 from fastagg.peft_format.config import AdapterConfig
 from fastagg.peft_format.layout import PREFIX, Kind, Layout, Slot, TensorSpan
 
-__all__ = ["ranks_of", "read_layout"]
+__all__ = ["read_layout", "read_ranks"]
 
 _BASE = re.compile(r"(?:^|\.)base_model\.model\.")
 # Wrappers of training frameworks put themselves into the names of a live model's modules.
@@ -71,6 +70,25 @@ def read_layout(
     reader.refuse_whole_models(slots)
     reader.refuse_tied(slots)
     return Layout(slots, reader.whole.values(), nbytes, digest)
+
+
+def read_ranks(shapes: Iterable[tuple[str, Sequence[int]]]) -> dict[str, int]:
+    """Module -> rank, as the shapes of the A factors have it, whatever the configuration says.
+
+    Args:
+        shapes: (key, shape) of each tensor, under the client's own keys; others than A are passed over.
+    """
+    placed = ((_module_of_a(key), shape) for key, shape in shapes)
+    return {module: int(shape[0]) for module, shape in placed if module is not None and len(shape)}
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _module_of_a(key: str) -> str | None:
+    """The module whose A factor a key is. Cached: the clients of a federation have the same keys."""
+    match = _FACTOR.fullmatch(_canonical(key))
+    if match is None or not (match["embedding"] or match["linear"]).endswith("A"):
+        return None
+    return match["module"]
 
 
 class _Reader:
@@ -287,16 +305,6 @@ class _Reader:
                 cure="Save the configuration that the adapter was trained with: its scaling "
                 "depends on the rank",
             )
-
-
-def ranks_of(state_dict: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Module -> rank, from the shapes of the A factors alone; what is no factor is passed over."""
-    ranks = {}
-    for source, tensor in state_dict.items():
-        match = _FACTOR.fullmatch(_canonical(source))
-        if match is not None and (match["linear"] or match["embedding"]).endswith("A") and tensor.dim():
-            ranks[match["module"]] = tensor.shape[0]
-    return ranks
 
 
 def _canonical(source: str) -> str:

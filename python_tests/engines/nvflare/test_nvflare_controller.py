@@ -36,7 +36,9 @@ def test_wrong_options_are_refused_before_the_job(options: dict[str, Any], named
 
 def test_every_option_of_the_aggregator_is_there() -> None:
     own = inspect.signature(FastAggController).parameters
-    for name, parameter in inspect.signature(Aggregator).parameters.items():
+    options = dict(inspect.signature(Aggregator).parameters)
+    del options["process_group"]  # a server of NVFlare's is one process
+    for name, parameter in options.items():
         assert own[name].default == parameter.default
 
 

@@ -1,0 +1,45 @@
+"""The measurement of the integrations: all of them do the Aggregator's work, and the record says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pydantic")
+
+from bench import engines
+from bench.engines import ENGINES, Work
+
+# numpy has no bfloat16.
+CASES = [(name, torch.float16 if name == "FATE-LLM" else torch.bfloat16) for name in ENGINES]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*CASES, *((name, torch.float32) for name in ENGINES)])
+def test_an_integration_hands_out_what_the_aggregator_does(name: str, dtype: torch.dtype) -> None:
+    work = Work(3, 24, (2, 4, 8), dtype, 1)
+    integration, with_model = ENGINES[name]
+    handed = integration(work)()
+    assert [len(state) for state in handed] == [6] * (3 + with_model)
+    engines.check_same(name, handed, engines.from_updates(work, with_model=with_model)())
+    key = next(iter(handed[0]))
+    handed[0] = {**handed[0], key: handed[0][key] + 1}
+    with pytest.raises(RuntimeError, match=name):
+        engines.check_same(name, handed, engines.from_updates(work, with_model=with_model)())
+
+
+def test_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "record.json"
+    engines.main(
+        ["--modules", "2", "--size", "16", "--ranks", "2,4", "--repeats", "3", "--record", str(file)]
+    )
+    record = json.loads(file.read_text())
+    assert [row["engine"] for row in record["rows"]] == list(ENGINES)
+    assert record["repeats"] == 3
+    for row in record["rows"]:
+        added = row["added"]
+        assert added["low"] <= added["median"] <= added["high"]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ENGINES)
