@@ -127,20 +127,22 @@ class Aggregator:
             MemoryBudgetExceeded: it does not fit into max_memory; the error says what would.
         """
         self._check_usable()
-        with self._share.agreeing() as same:
+        with self._share.growing() as same:
             update = self._loaded(update)
             adapter, client, weight = update.adapter, update.client_id, update.weight
             layout = adapter.layout
-            self._roster.check(client, layout, adapter.config)
             same += [client, weight, layout.digest]
-        self._share.grow([layout])
-        with self._watch.stage("validate"), self._share.agreeing():
-            own = self._share.update(update)
-            own.validate()
-            weights = self.method.weights.slot_weights(
-                client, weight, own.adapter.layout, own.adapter.flat
-            )
-        weights = self._share.weights(layout, weights)
+            with self._watch.stage("validate"):
+                self._roster.check(client, layout, adapter.config)
+                self._share.grow([layout])
+                own = self._share.update(update)
+                own.validate()
+                judged = own.adapter if self.method.weights.of_numbers else adapter
+                weights = self.method.weights.slot_weights(
+                    client, weight, judged.layout, judged.flat
+                )
+        if self.method.weights.of_numbers:
+            weights = self._share.weights(layout, weights)
         absent = self.method.weights.absent_weight(weight)
         member = Member(client, weight, layout, adapter.config, weights, absent)
         with self._watch.stage("fold"):

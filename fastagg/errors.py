@@ -105,7 +105,7 @@ class RankLost(FastAggError):
     """A process of the group did not come to where the others wait: the job is at its end.
 
     Args:
-        ranks: those that are missing, as far as that can be told.
+        ranks: those that are missing, as far as that can be told, by their numbers in the group.
         reason: how it was noticed.
     """
 

@@ -25,6 +25,10 @@ _NO_NORM = 2.0**-500
 class Weighting(Protocol):
     """How a client's weight becomes a weight for each of its modules."""
 
+    @property
+    def of_numbers(self) -> bool:
+        """Whether the factors enter: where not, the weights are known without reading them."""
+
     def slot_weights(
         self, client: str, weight: float, layout: Layout, flat: torch.Tensor
     ) -> Float64Array:
@@ -37,6 +41,8 @@ class Weighting(Protocol):
 @dataclass(frozen=True)
 class Examples:
     """w_kj = w_k, the weight of the update: its number of examples as a rule."""
+
+    of_numbers: bool = False
 
     def slot_weights(
         self, client: str, weight: float, layout: Layout, flat: torch.Tensor
@@ -56,6 +62,8 @@ class Norms:
     The number of examples does not enter, except that a client of weight 0 takes no part. The norms
     come from r x r Gram matrices in float64; no update is formed.
     """
+
+    of_numbers: bool = True
 
     def slot_weights(
         self, client: str, weight: float, layout: Layout, flat: torch.Tensor

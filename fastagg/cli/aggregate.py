@@ -175,7 +175,8 @@ def aggregate(
         bool,
         typer.Option(
             "--dry-run",
-            help="Validate everything, show the plan (memory, routes, folders), write nothing.",
+            help="Validate everything, show the plan (memory, routes, folders), write nothing; under "
+            "torchrun too the plan of one process.",
         ),
     ] = False,
     json_output: Json = False,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
     from fastagg.distributed.group import Group
 
-__all__ = ["agreeing", "group_of"]
+__all__ = ["agreeing", "gathered", "group_of"]
+
+T = TypeVar("T")
 
 
 def group_of(process_group: dist.ProcessGroup) -> Group:
@@ -28,3 +30,8 @@ def group_of(process_group: dist.ProcessGroup) -> Group:
 def agreeing(process_group: dist.ProcessGroup | None) -> AbstractContextManager[list[object]]:
     """A block that all processes pass, or in which all raise the same error; see ``Group.agreeing``."""
     return nullcontext([]) if process_group is None else group_of(process_group).agreeing()
+
+
+def gathered(process_group: dist.ProcessGroup | None, value: T) -> list[T]:
+    """What each process has; pickled, so for small things."""
+    return [value] if process_group is None else group_of(process_group).gather(value)

@@ -30,6 +30,12 @@ class Assignment:
         self.owner: dict[Item, int] = {}
         self.loads = [0.0] * ranks
 
+    def copy(self) -> Assignment:
+        """One that goes its own way from here."""
+        copied = Assignment(len(self.loads))
+        copied.owner, copied.loads = dict(self.owner), list(self.loads)
+        return copied
+
     def assign(self, costs: Mapping[Item, float]) -> None:
         """Shares out the items that are new."""
         new = [item for item in costs if item not in self.owner]

@@ -64,13 +64,13 @@ def bring_sums(share: ShareOfModules, sums: Sums | None, target: Sums) -> None:
         sums: those of the clients here; None where there are none, as where the factors are held.
         target: an empty accumulator for the modules that are this rank's share.
     """
-    sizes = share.whole.sizes
+    sizes, device = share.whole.sizes, target.device
     if isinstance(target, DenseAccumulator):
         assert not isinstance(sums, MeanAccumulator)
         target.blocks.make_room({name: (size.m, size.n) for name, size in share.own.sizes.items()})
         ratio = _join_unit(share.group, target.unit, None if sums is None else sums.unit)
         counts = {name: size.m * size.n for name, size in sizes.items()}
-        _add_up(share, "module", counts, _dense(sums), ratio, _dense(target), torch.float32)
+        _add_up(share, "module", counts, _dense(sums), ratio, _dense(target), torch.float32, device)
     else:
         assert not isinstance(sums, DenseAccumulator)
         target.reserve(share.own.sizes)
@@ -83,7 +83,7 @@ def bring_sums(share: ShareOfModules, sums: Sums | None, target: Sums) -> None:
                 for name, size in sizes.items()
             }
             mine, theirs = _factors(sums, which), _factors(target, which)
-            _add_up(share, "module", counts, mine, 1.0, theirs, torch.float64)
+            _add_up(share, "module", counts, mine, 1.0, theirs, torch.float64, device)
     found = [totals for totals in share.gather(None if sums is None else sums.totals) if totals]
     target.totals = reduce(WeightTotals.merged, found, target.totals).only(share.own.sizes)
     _bring_whole(share, None if sums is None else sums.whole, target.whole)
@@ -102,7 +102,7 @@ def _bring_whole(share: ShareOfModules, sums: WholeSums | None, target: WholeSum
             for key, (span, _) in share.whole.whole.items()
             if sum_dtype(span.count) == dtype
         }
-        _add_up(share, "tensor", counts, mine, ratio, target.sums, dtype)
+        _add_up(share, "tensor", counts, mine, ratio, target.sums, dtype, target.device)
 
 
 def _join_unit(group: Group, unit: WeightUnit, own: WeightUnit | None) -> float:
@@ -142,6 +142,7 @@ def _add_up(
     ratio: float,
     target: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Adds vectors of all ranks up, each at the rank that has it: reduce_scatter, piece by piece.
 
@@ -156,7 +157,6 @@ def _add_up(
         vectors[share.assignment.owner[kind, name]].append((name, counts[name]))
     longest = max(sum(count for _, count in each) for each in vectors)
     step = max(1, min(longest, _AT_ONCE // (group.size * dtype.itemsize)))
-    device = next(iter(target.values())).device if target else torch.device("cpu")
     for begin in range(0, longest, step):
         parts = torch.zeros(group.size, step, dtype=dtype, device=device)
         for rank, each in enumerate(vectors):

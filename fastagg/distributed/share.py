@@ -50,6 +50,11 @@ class Share:
         """The same process's share of another roster, which is empty."""
         return Share(whole)
 
+    @contextmanager
+    def growing(self) -> Iterator[list[object]]:
+        """:meth:`agreeing`, and what :meth:`grow` decides in the block is forgotten where it fails."""
+        yield []
+
     def grow(self, layouts: Iterable[Layout]) -> None:
         """Decides who has the modules of these layouts that are new to the round."""
 
@@ -141,6 +146,17 @@ class ShareOfModules(Share):
         share = ShareOfModules(self.group, whole)
         share.assignment = self.assignment
         return share
+
+    @contextmanager
+    def growing(self) -> Iterator[list[object]]:
+        before = self.assignment.copy()
+        try:
+            with self.group.agreeing() as same:
+                yield same
+        except BaseException:
+            self.assignment = before
+            self._parts.clear()
+            raise
 
     def grow(self, layouts: Iterable[Layout]) -> None:
         costs: dict[Item, float] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fastagg import methods
 from fastagg.adapter import Adapter
 from fastagg.aggregation import Aggregate
 from fastagg.aggregator import Aggregator
-from fastagg.distributed import agreeing
+from fastagg.distributed import agreeing, gathered
 from fastagg.errors import InvalidInput
 from fastagg.folders.weights_file import client_weights
 from fastagg.handouts.writer import Progress
@@ -160,15 +161,19 @@ class FolderRound:
         with agreeing(self._processes):
             named = client_folders(folders)
             self.weights = client_weights(weights, list(named))
+            headers, errors = self._read_headers(named)
+        # A folder that one process cannot read is invalid for all.
+        errors = reduce(dict.__or__, reversed(gathered(self._processes, errors)))
         roster = self._empty_roster()
-        for client, folder in named.items():
-            with self._leaving_out(client, folder), agreeing(self._processes):
-                # The mapping is dropped again: a thousand clients would need as many.
-                adapter = Adapter.load(folder)
-                roster.admit_header(client, adapter.layout, adapter.config)
-                self.folders[client] = folder
-                self.headers[client] = (adapter.layout, adapter.config)
-        self._check_some_left()
+        with agreeing(self._processes):
+            for client, folder in named.items():
+                with self._leaving_out(client, folder):
+                    if client in errors:
+                        raise errors[client]
+                    roster.admit_header(client, *headers[client])
+                    self.folders[client] = folder
+                    self.headers[client] = headers[client]
+            self._check_some_left()
 
     def roster(self) -> Roster:
         """The clients that take part, as far as their headers tell."""
@@ -216,6 +221,22 @@ class FolderRound:
             with self._leaving_out(update.client_id, self.folders[update.client_id]):
                 update.validate()
         self._check_some_left()
+
+    def _read_headers(
+        self, named: Mapping[str, Path]
+    ) -> tuple[dict[str, tuple[Layout, AdapterConfig]], dict[str, InvalidInput]]:
+        """The headers, and what is wrong with other folders; up to the first that ends it all."""
+        headers, errors = {}, {}
+        for client, folder in named.items():
+            try:
+                # The mapping is dropped again: a thousand clients would need as many.
+                adapter = Adapter.load(folder)
+                headers[client] = (adapter.layout, adapter.config)
+            except InvalidInput as error:
+                errors[client] = error
+                if not self.skip_invalid:
+                    break
+        return headers, errors
 
     def _headers(self) -> list[tuple[str, Layout, AdapterConfig]]:
         return [(client, layout, config) for client, (layout, config) in self.headers.items()]

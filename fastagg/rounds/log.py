@@ -53,7 +53,10 @@ class RoundLog:
     def join(self, share: Share) -> None:
         """Exchanges the figures of the modules; of times and memory, the most of any process."""
         mine = {module: each for module, each in self.modules.items() if share.has(module)}
-        for modules, seconds in share.gather((mine, dict(self.watch.seconds))):
+        found = share.gather((mine, dict(self.watch.seconds)))
+        if len(found) == 1:
+            return
+        for modules, seconds in found:
             self.modules.update(modules)
             for stage, spent in seconds.items():
                 self.watch.seconds[stage] = max(self.watch.seconds[stage], spent)
