@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastagg import methods
-from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumulator
+from fastagg.accumulators import Accumulator, DenseAccumulator, MeanAccumulator, StackAccumulator, join
 from fastagg.adapter import Adapter
 from fastagg.aggregation import Aggregate, HandoutOptions
 from fastagg.byte_sizes import parse_bytes
@@ -25,7 +25,7 @@ from fastagg.peft_format.layout import Layout
 from fastagg.planning.budget import PeakMemory
 from fastagg.planning.roster import Member, Roster
 from fastagg.report import Stopwatch
-from fastagg.rounds.memory_plan import Accumulator, MemoryPlan
+from fastagg.rounds.memory_plan import MemoryPlan
 from fastagg.rounds.options import check_choice, parse_device, parse_dtype, parse_seed
 from fastagg.update import ClientUpdate
 
@@ -128,7 +128,8 @@ class Aggregator:
         """
         self._check_usable()
         with self._share.growing() as same:
-            update = self._loaded(update)
+            with self._watch.stage("read"):
+                update = ClientUpdate.of(update)
             adapter, client, weight = update.adapter, update.client_id, update.weight
             layout = adapter.layout
             same += [client, weight, layout.digest]
@@ -210,7 +211,7 @@ class Aggregator:
             return
         with self._watch.stage("fold"):
             self._make_room(other._held_layouts(), other._accumulator)
-            self._changing(lambda: self._join(other._accumulator, members), members)
+            self._changing(lambda: join(self._accumulator, other._accumulator, members), members)
             self._count_held()
         self._peak.sample()
 
@@ -231,7 +232,7 @@ class Aggregator:
             MemoryBudgetExceeded: a process's share does not fit into its max_memory.
             RankLost: a process did not come.
         """
-        from fastagg.distributed.exchange import bring_clients, bring_sums
+        from fastagg.distributed.exchange import bring
 
         group = group_of(process_group)
         with group.agreeing() as same:
@@ -260,12 +261,7 @@ class Aggregator:
         plan = replace(result._plan, mode="dense" if summed else self.accumulator)
         share = ShareOfModules(group, roster)
         result._reset(plan.choose(share)[0], share)
-        stacks = [members if kind == "stack" else [] for kind, members in held]
-        mine = self._accumulator
-        if not isinstance(result._accumulator, StackAccumulator):
-            bring_sums(share, None if isinstance(mine, StackAccumulator) else mine, result._accumulator)
-        flats = mine.flats if isinstance(mine, StackAccumulator) else {}
-        bring_clients(share, stacks, flats, result._accumulator)
+        bring(share, held, self._accumulator, result._accumulator)
         result._plan = replace(result._plan, settled=None)  # more clients may be added
         return result
 
@@ -428,20 +424,6 @@ class Aggregator:
             dense.take(self._accumulator, self._share.own.sorted())
             self._accumulator = dense
 
-    def _join(self, theirs: Accumulator, members: Sequence[Member]) -> None:
-        ours = self._accumulator
-        if isinstance(theirs, StackAccumulator) and isinstance(ours, StackAccumulator):
-            ours.merge(theirs)
-        elif isinstance(theirs, StackAccumulator):
-            assert isinstance(ours, DenseAccumulator)
-            ours.take(theirs, members)
-        elif isinstance(theirs, DenseAccumulator):
-            assert isinstance(ours, DenseAccumulator)
-            ours.merge(theirs)
-        else:
-            assert isinstance(ours, MeanAccumulator)
-            ours.merge(theirs)
-
     def _change_by(self, member: Member, adapter: Adapter) -> Callable[[], None]:
         """What takes a client's numbers in.
 
@@ -492,7 +474,9 @@ class Aggregator:
             self._accumulator.blocks.check_finite()
 
     def _check_own_factors(self) -> None:
-        if isinstance(self._accumulator, StackAccumulator) and self._accumulator.condensed:
+        held = self._accumulator
+        condensed = isinstance(held, StackAccumulator) and held.condensed
+        if condensed or (isinstance(held, DenseAccumulator) and held.discarded):
             raise InvalidInput(
                 "the adapters of some clients were condensed, and cannot be parted by modules any more",
                 field="condense",
@@ -509,17 +493,3 @@ class Aggregator:
                     expected=getattr(mine, "name", mine),
                     got=getattr(theirs, "name", theirs),
                 )
-
-    def _loaded(self, update: ClientUpdate | str | os.PathLike[str]) -> ClientUpdate:
-        if isinstance(update, ClientUpdate):
-            return update
-        if not isinstance(update, (str, os.PathLike)):
-            raise InvalidInput(
-                "not an update",
-                field="update",
-                expected="a ClientUpdate or an adapter folder",
-                got=type(update).__name__,
-                cure="Wrap an Adapter: ClientUpdate(adapter, weight=.., client_id=..)",
-            )
-        with self._watch.stage("read"):
-            return ClientUpdate.load(update)

@@ -54,6 +54,25 @@ class ClientUpdate:
         object.__setattr__(self, "_finite", False)
 
     @classmethod
+    def of(cls, update: ClientUpdate | str | os.PathLike[str]) -> ClientUpdate:
+        """The update itself, or a folder's, which counts 1 under the folder's name.
+
+        Raises:
+            InvalidInput: neither, or as :meth:`load`.
+        """
+        if isinstance(update, ClientUpdate):
+            return update
+        if not isinstance(update, (str, os.PathLike)):
+            raise InvalidInput(
+                "not an update",
+                field="update",
+                expected="a ClientUpdate or an adapter folder",
+                got=type(update).__name__,
+                cure="Wrap an Adapter: ClientUpdate(adapter, weight=.., client_id=..)",
+            )
+        return cls.load(update)
+
+    @classmethod
     def load(
         cls, folder: str | os.PathLike[str], weight: float = 1, client_id: str | None = None
     ) -> ClientUpdate:

@@ -1,11 +1,13 @@
 """What a round adds up in, chosen by the memory it needs."""
 
 from fastagg.accumulators.dense import DenseAccumulator, DenseSource
+from fastagg.accumulators.joining import Accumulator, join
 from fastagg.accumulators.means import MeanAccumulator, MeanSource
 from fastagg.accumulators.source import Chunk, Source, WholeAverages
 from fastagg.accumulators.stack import StackAccumulator, StackSource
 
 __all__ = [
+    "Accumulator",
     "Chunk",
     "DenseAccumulator",
     "DenseSource",
@@ -15,4 +17,5 @@ __all__ = [
     "StackAccumulator",
     "StackSource",
     "WholeAverages",
+    "join",
 ]

@@ -7,7 +7,7 @@ from functools import reduce
 
 import torch
 
-from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumulator
+from fastagg.accumulators import Accumulator, DenseAccumulator, MeanAccumulator, StackAccumulator
 from fastagg.accumulators.weights import WeightUnit
 from fastagg.accumulators.whole import WholeSums, sum_dtype
 from fastagg.distributed.group import Group
@@ -15,12 +15,31 @@ from fastagg.distributed.share import ShareOfModules
 from fastagg.planning.plan import WeightTotals
 from fastagg.planning.roster import Member
 
-__all__ = ["bring_clients", "bring_sums"]
+__all__ = ["bring", "bring_clients", "bring_sums"]
 
 Sums = DenseAccumulator | MeanAccumulator
 
 # Bytes that one collective carries.
 _AT_ONCE = 32 << 20
+
+
+def bring(
+    share: ShareOfModules,
+    held: Sequence[tuple[str, Sequence[Member]]],
+    mine: Accumulator,
+    target: Accumulator,
+) -> None:
+    """Brings all clients to the ranks that have their modules; collective.
+
+    Args:
+        held: by rank, its kind of accumulator and the clients in it.
+        mine: this rank's.
+        target: an empty one for the modules that are this rank's share.
+    """
+    if not isinstance(target, StackAccumulator):
+        bring_sums(share, None if isinstance(mine, StackAccumulator) else mine, target)
+    stacks = [members if kind == "stack" else [] for kind, members in held]
+    bring_clients(share, stacks, mine.flats if isinstance(mine, StackAccumulator) else {}, target)
 
 
 def bring_clients(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
-from fastagg.accumulators import DenseAccumulator, MeanAccumulator, StackAccumulator
+from fastagg.accumulators import Accumulator, DenseAccumulator, MeanAccumulator, StackAccumulator
 from fastagg.accumulators.staging import Staging
 from fastagg.accumulators.whole import WholeSums
 from fastagg.distributed.share import Share
@@ -18,8 +18,6 @@ from fastagg.planning.plan import padded
 from fastagg.planning.roster import Roster
 
 __all__ = ["Accumulator", "MemoryPlan"]
-
-Accumulator = StackAccumulator | DenseAccumulator | MeanAccumulator
 
 # A stack below this is kept though dW were smaller: it is exact to the last bit of its factors, does
 # not depend on the order of arrival, and can be handed out itself.

@@ -173,3 +173,28 @@ def test_a_rank_holds_its_share_of_the_sums(ranks: Ranks, seed: int) -> None:
     for own, share in ranks.run(4, hold, seed):
         assert share * 4 == own
         assert math.isclose(own, 8 * 128 * 128 * 4)
+
+
+def combine_condensed(group: dist.ProcessGroup, seed: int) -> list[Any]:
+    from fastagg.rounds import memory_plan
+
+    held = Aggregator()
+    for each in of_rank(mixed_round(seed), group):
+        held.add(each.update)
+    held.condense(1)
+    stack = (held.accumulator_kind, refusal(lambda: held.combine(group)))
+    worth, memory_plan.WORTH_CHANGING = memory_plan.WORTH_CHANGING, 0
+    try:
+        for number in range(40):
+            held.add(client(f"light {number} of {rank_of(group)}", 16, weight=0.0, seed=seed).update)
+    finally:
+        memory_plan.WORTH_CHANGING = worth
+    return [stack, (held.accumulator_kind, refusal(lambda: held.combine(group)))]
+
+
+def test_what_was_condensed_is_not_parted_by_modules(ranks: Ranks, seed: int) -> None:
+    """Its error would be lost on the way."""
+    for stack, dense in ranks.run(2, combine_condensed, seed):
+        for kind, found in (("stack", stack), ("dense", dense)):
+            assert found[0] == kind
+            assert found[1] is not None and found[1][0] == "InvalidInput" and "condensed" in found[1][1]

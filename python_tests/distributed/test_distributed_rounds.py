@@ -330,6 +330,7 @@ def refuse_what_needs_all(group: dist.ProcessGroup, seed: int) -> list[Any]:
     found = [
         refusal(lambda: plain.merge(aggregator)),
         refusal(lambda: aggregator.merge(plain)),
+        refusal(lambda: aggregator.condense(2)),
         refusal(aggregator.state_dict),
         refusal(lambda: aggregator.load_state_dict({})),
         refusal(lambda: aggregator.combine(group)),
