@@ -23,7 +23,7 @@ from fastagg.aggregation import Aggregate
 from fastagg.aggregator import Aggregator
 from fastagg.engines.first_adapters import at_ranks, live, zeros
 from fastagg.engines.saved_rounds import SavedRounds
-from fastagg.engines.standing import Standing
+from fastagg.engines.standing import Standing, alike
 from fastagg.errors import InvalidInput, MemoryBudgetExceeded, short
 from fastagg.federated.messages import ClientFailure
 from fastagg.federated.seeds import seed_of
@@ -141,6 +141,8 @@ class Exchange:
         self._saved = None if folder is None else SavedRounds(folder, self.method.name, resume=resume)
         self._standing = Standing() if self._saved is None else self._saved.last()
         self._round: _Round | None = None
+        # (round, configuration) -> the fresh adapter that all such clients get.
+        self._cut: dict[tuple[int, str], Adapter] = {}
 
     @property
     def round(self) -> int:
@@ -151,6 +153,14 @@ class Exchange:
     def clients(self) -> tuple[str, ...]:
         """The clients that are known, sorted."""
         return self._standing.clients
+
+    @property
+    def result(self) -> Adapter | None:
+        """What the rounds have come to, in one adapter: that of the client with the largest rank; where
+        clients merge (FLoRA), the last round's stack. Before the first round the initial adapter."""
+        if self._merging:
+            return self._standing.stacks[-1] if self._standing.stacks else self._initial
+        return max(self._standing.adapters, key=_largest_rank, default=self._initial)
 
     def adapter(self, client: str) -> Adapter:
         """A client's adapter as it stands.
@@ -186,14 +196,16 @@ class Exchange:
         self._check_together(client, fresh)
         self._standing = self._with_client(self._standing, client, fresh)
 
-    def outgoing(self, client: str, *, merged: int | None = None) -> Outgoing:
+    def merged_through(self, client: str, round: int) -> None:
+        """A client says that it has merged the stacks up to this round's and no others (FLoRA): one that
+        was restarted may have fewer than it was known to have."""
+        if self._merging:
+            self._standing = self._standing.with_merged(client, round)
+
+    def outgoing(self, client: str) -> Outgoing:
         """What a client begins the round with that is in progress or comes next; as often as it asks.
 
         A client that is not known is enrolled, where there is an initial adapter.
-
-        Args:
-            merged: the last round whose stack is in its base weights, 0 for a client that began anew;
-                None: the last of those that it is known to have merged.
 
         Raises:
             InvalidInput: as :meth:`enrol`.
@@ -204,7 +216,7 @@ class Exchange:
         if self._merging and adapter is not None:
             # What was trained is in the base weights: the next factors are fresh ones.
             adapter = None if self._initial is None else self._fresh(self._initial, adapter.config)
-        return Outgoing(self.round, adapter, self._standing.missed(client, merged))
+        return Outgoing(self.round, adapter, self._standing.missed(client))
 
     def begin(self, participants: Iterable[str] | None = None) -> int:
         """Begins a round and returns its number.
@@ -266,7 +278,9 @@ class Exchange:
             current.seconds += time.perf_counter() - started
         self._answered(current, client)
         if not self._standing.is_like(client, update.adapter):
-            current.joining[client] = zeros(update.adapter)
+            # One for each kind: in a first round all clients come with adapters of their own.
+            known = (own for own in current.joining.values() if alike(own, update.adapter))
+            current.joining[client] = next(known, None) or zeros(update.adapter)
         return None
 
     def fail(self, client: str, reason: str) -> ClientFailure:
@@ -345,7 +359,11 @@ class Exchange:
         return standing.with_client(client, adapter)
 
     def _fresh(self, initial: Adapter, config: AdapterConfig) -> Adapter:
-        return at_ranks(initial, config, self._seed("first adapters"))
+        key = self.round, config.canonical
+        if key not in self._cut:
+            self._cut = {known: own for known, own in self._cut.items() if known[0] == self.round}
+            self._cut[key] = at_ranks(initial, config, self._seed("first adapters"))
+        return self._cut[key]
 
     def _decided_config(
         self, initial: Adapter, client: str, rank: int | None = None
@@ -358,9 +376,9 @@ class Exchange:
         return seed_of(self._plain.seed, purpose, self.round)
 
     def _check_together(self, client: str, adapter: Adapter) -> None:
-        others = [(name, self._standing.adapter(name)) for name in self.clients if name != client]
+        together = {**self._standing.without(client), client: adapter}
         Aggregator(self.method).plan_for(
-            (name, own.layout, own.config) for name, own in [*others, (client, adapter)]
+            (name, own.layout, own.config) for name, own in together.items()
         )
 
     def _config_of(self, client: str) -> Mapping[str, Any]:

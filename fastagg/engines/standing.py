@@ -9,7 +9,7 @@ from fastagg.adapter import Adapter
 from fastagg.errors import InvalidInput
 from fastagg.federated.server.registry import kind_digest
 
-__all__ = ["Standing"]
+__all__ = ["Standing", "alike"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,26 +53,29 @@ class Standing:
             )
         return self.adapters[self.place[client]]
 
-    def missed(self, client: str, through: int | None = None) -> tuple[tuple[int, Adapter], ...]:
-        """(round, stack) of the rounds that a client may not have merged yet, the oldest first: those
-        after ``through``, or after the last that it is known to have merged."""
-        if through is None:
-            through = self.merged_through.get(client, 0)
+    def without(self, client: str) -> dict[str, Adapter]:
+        """The adapters of the clients other than this one, each kind's under one client's name."""
+        kinds = {kind: name for name, kind in self.place.items() if name != client}
+        return {name: self.adapters[kind] for kind, name in kinds.items()}
+
+    def missed(self, client: str) -> tuple[tuple[int, Adapter], ...]:
+        """(round, stack) of the rounds that a client may not have merged yet, the oldest first."""
+        through = self.merged_through.get(client, 0)
         return tuple(enumerate(self.stacks[through:], start=through + 1))
 
     def has_like(self, adapter: Adapter) -> bool:
         """Whether some client's adapter differs from this one in its numbers alone."""
-        return any(_alike(own, adapter) for own in self.adapters)
+        return any(alike(own, adapter) for own in self.adapters)
 
     def is_like(self, client: str, adapter: Adapter) -> bool:
         """Whether the client is known with such an adapter."""
-        return client in self.place and _alike(self.adapter(client), adapter)
+        return client in self.place and alike(self.adapter(client), adapter)
 
     def with_client(self, client: str, adapter: Adapter) -> Standing:
         """With one more client, or another kind of adapter for one: this one, unless there is one of
         that kind already. Adapters that no client has any more are dropped."""
         adapters = [*self.adapters, adapter]
-        kind = next(number for number, own in enumerate(adapters) if _alike(own, adapter))
+        kind = next(number for number, own in enumerate(adapters) if alike(own, adapter))
         place = {**self.place, client: kind}
         used = sorted(set(place.values()))
         return replace(
@@ -85,6 +88,11 @@ class Standing:
         """After one more round, which has made these of the adapters."""
         return replace(self, finished=self.finished + 1, adapters=tuple(adapters))
 
+    def with_merged(self, client: str, round: int) -> Standing:
+        """With a client that has merged the stacks up to this round's."""
+        through = min(max(round, 0), self.finished)
+        return replace(self, merged_through={**self.merged_through, client: through})
+
     def merged(self, participants: Iterable[str], stack: Adapter) -> Standing:
         """After one more round of clients that had merged all stacks before this one."""
         through = {**self.merged_through, **dict.fromkeys(participants, self.finished)}
@@ -93,8 +101,7 @@ class Standing:
         )
 
 
-
-def _alike(one: Adapter, other: Adapter) -> bool:
+def alike(one: Adapter, other: Adapter) -> bool:
     """Whether two adapters differ in their numbers alone."""
     if one.layout.digest == other.layout.digest and one.config == other.config:
         return True

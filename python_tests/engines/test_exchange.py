@@ -326,3 +326,34 @@ def test_a_framework_that_is_missing_or_too_new_is_named() -> None:
     with pytest.raises(FastAggError, match=r"has no numpy\.no_such_thing.*numpy >= 1, < 99"):
         require("numpy", ["numpy:no_such_thing"], since="1", below="99", extra="np")
     require("numpy", ["numpy:ndarray", "numpy.linalg"], since="1", below="99", extra="np")
+
+
+def test_a_client_that_was_restarted_is_sent_all_stacks_that_it_lacks() -> None:
+    exchange = Exchange("flora", initial=make_adapter(rank=8), ranks=RANKS)
+    for seed in (0, 10, 20):
+        play(exchange, answers_of(RANKS, seed))
+    assert [number for number, _ in exchange.outgoing("ann").merges] == [3]
+    exchange.merged_through("ann", 1)
+    assert [number for number, _ in exchange.outgoing("ann").merges] == [2, 3]
+    exchange.merged_through("ann", 0)
+    assert [number for number, _ in exchange.outgoing("ann").merges] == [1, 2, 3]
+    exchange.merged_through("ann", 99)
+    assert exchange.outgoing("ann").merges == ()
+    assert [number for number, _ in exchange.outgoing("ben").merges] == [3]
+
+
+@pytest.mark.parametrize("method", ["flexlora", "flora"])
+def test_the_result_is_one_adapter(method: str) -> None:
+    exchange = Exchange(method, initial=make_adapter(rank=8), ranks=RANKS)
+    assert exchange.result is not None and exchange.result.rank(next(iter(MODULES))) == 8
+    answers = answers_of(RANKS, 0)
+    play(exchange, answers)
+    for module in MODULES:
+        exact = average(answers, module)
+        if method == "flora":
+            a, b = exchange.result.factors(module)
+            found = exchange.result.scaling(module) * b.double() @ a.double()
+            assert torch.linalg.matrix_norm(found - exact) <= 2e-6 * torch.linalg.matrix_norm(exact)
+        else:
+            assert_best(exchange.result, exact, module, 16)
+    assert Exchange(method).result is None

@@ -165,11 +165,10 @@ class FastAggController(ModelController):  # type: ignore[misc]
         clients = self.sample_clients(self.num_clients)
         if self.ranks == "ask" and not self._ask(set(clients) - self._told):
             return None
-        # Clients that this controller has not met begin with the base weights of round 1.
-        outgoing = {
-            client: self._exchange.outgoing(client, merged=None if client in self._met else 0)
-            for client in clients
-        }
+        for client in set(clients) - self._met:
+            # A client that this controller has not met begins with the base weights of round 1.
+            self._exchange.merged_through(client, 0)
+        outgoing = {client: self._exchange.outgoing(client) for client in clients}
         number = self._exchange.begin(clients)
         self._met.update(clients)
         self._turn, self._open = self._turn + 1, True
