@@ -9,9 +9,12 @@ import pytest
 import torch
 
 pytest.importorskip("pydantic")
+pytest.importorskip("flwr")
+pytest.importorskip("nvflare")
 
 from bench import engines
-from bench.engines import ENGINES, Work
+from bench.engine_rounds import ENGINES
+from bench.engine_work import Work, check_same, from_updates
 
 # numpy has no bfloat16.
 CASES = [(name, torch.float16 if name == "FATE-LLM" else torch.bfloat16) for name in ENGINES]
@@ -20,14 +23,14 @@ CASES = [(name, torch.float16 if name == "FATE-LLM" else torch.bfloat16) for nam
 @pytest.mark.parametrize(("name", "dtype"), [*CASES, *((name, torch.float32) for name in ENGINES)])
 def test_an_integration_hands_out_what_the_aggregator_does(name: str, dtype: torch.dtype) -> None:
     work = Work(3, 24, (2, 4, 8), dtype, 1)
-    integration, with_model = ENGINES[name]
+    integration, handed_out = ENGINES[name]
     handed = integration(work)()
-    assert [len(state) for state in handed] == [6] * (3 + with_model)
-    engines.check_same(name, handed, engines.from_updates(work, with_model=with_model)())
+    assert [len(state) for state in handed] == [6] * (3 * handed_out.clients + handed_out.model)
+    check_same(name, handed, from_updates(work, handed_out)())
     key = next(iter(handed[0]))
     handed[0] = {**handed[0], key: handed[0][key] + 1}
     with pytest.raises(RuntimeError, match=name):
-        engines.check_same(name, handed, engines.from_updates(work, with_model=with_model)())
+        check_same(name, handed, from_updates(work, handed_out)())
 
 
 def test_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
