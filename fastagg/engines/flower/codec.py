@@ -44,7 +44,7 @@ _NUMPY_OF = {dtype: own for own, dtype in _TORCH.items()}
 
 # What numpy writes into a header, of arrays of numbers.
 _FIELDS = re.compile(
-    rb"^.{10,12}\{'descr': '([<>|=]\w\d+)', 'fortran_order': (True|False), "
+    rb"^.{10,12}\{'descr': '([<>|][a-zA-Z][1-9]\d?)', 'fortran_order': (True|False), "
     rb"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n$",
     re.DOTALL,
 )
@@ -144,10 +144,10 @@ def from_npy(
     wanted = start + math.prod(shape) * numpy_dtype.itemsize
     if len(data) != wanted:
         raise _damaged(key, client, f"{len(data)} bytes instead of {wanted}")
+    if numpy_dtype.newbyteorder("=") not in _TORCH:
+        raise _damaged(key, client, f"torch has no {numpy_dtype}")
     if fortran or not numpy_dtype.isnative:
         return _restored(_copied(data, start, shape, fortran, numpy_dtype), dtype, key, client)
-    if numpy_dtype not in _TORCH:
-        raise _damaged(key, client, f"torch has no {numpy_dtype}")
     if wanted == start:
         return _restored(torch.empty(shape, dtype=_TORCH[numpy_dtype]), dtype, key, client)
     values = torch.frombuffer(data, dtype=_TORCH[numpy_dtype], offset=start).view(shape)

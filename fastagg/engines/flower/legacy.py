@@ -60,7 +60,7 @@ class FastAggFedAvg(FedAvg):
 
     Attributes:
         exchange: the clients, and each one's adapter.
-        outcome: what became of the last round;  failures: of all rounds.
+        outcome: what became of the last round, until the next begins;  failures: of all rounds.
 
     Raises:
         InvalidInput: as :class:`fastagg.engines.exchange.Exchange`.
@@ -138,6 +138,8 @@ class FastAggFedAvg(FedAvg):
         clients, refused = self._meet([client for client, _ in sampled], client_manager)
         number = self.exchange.begin(clients.values())
         self._training = clients
+        # It holds all that the last round added up.
+        self.outcome = None
         for client, reason in refused.items():
             self.exchange.fail(client, reason)
         return [

@@ -60,7 +60,7 @@ class FastAggStrategy(FedAvg):
 
     Attributes:
         exchange: the clients, and each one's adapter.
-        outcome: what became of the last round.
+        outcome: what became of the last round, until the next begins.
         failures: of all rounds, as they were noticed.
 
     Raises:
@@ -149,7 +149,7 @@ class FastAggStrategy(FedAvg):
         Args:
             initial_arrays: Flower's global model, which there is none of here: the adapter to begin with
                 is the strategy's ``initial``.
-            num_rounds: those of the run that is resumed among them.
+            num_rounds: in all, those that are finished already among them.
             timeout: seconds for a round's answers; who has not answered by then has failed.
             evaluate_fn: is given the round and the arrays of the result.
 
@@ -202,6 +202,8 @@ class FastAggStrategy(FedAvg):
         clients, refused = self._meet(sampled, grid)
         number = self.exchange.begin(clients.values())
         self._training = clients
+        # It holds all that the last round added up.
+        self.outcome = None
         for client, reason in refused.items():
             self.exchange.fail(client, reason)
         outgoing = {node: self.exchange.outgoing(client) for node, client in clients.items()}
