@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,17 +18,40 @@ from fastagg.engines import fate_llm, federatedscope, fedml, openfedllm
 __all__ = ["ENGINES"]
 
 
+class _Encoded(Mapping[str, Tensor]):
+    """A Flower record as it is sent; whoever compares it decodes it."""
+
+    def __init__(self, record: Any) -> None:
+        self._record = record
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        from fastagg.engines.flower import decode
+
+        return decode(self._record)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 def flower_round(work: Work) -> Round:
     """``FastAggStrategy.aggregate_train``, from messages as they come from the wire, then each node's
     record."""
     from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
     from flwr.supercore.task_identity import TaskIdentity
 
-    from fastagg.engines.flower import FastAggStrategy, decode, encode
+    from fastagg.engines.flower import FastAggStrategy, encode
     from fastagg.engines.flower.fields import FASTAGG, config_text
 
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     nodes = range(len(work.states))
+    asked = [Message(RecordDict(), node, "train") for node in nodes]
     replies = []
     for node in nodes:
         content = RecordDict(
@@ -36,15 +61,16 @@ def flower_round(work: Work) -> Round:
                 FASTAGG: ConfigRecord({"adapter-config": config_text(work.config(work.ranks[node]))}),
             }
         )
-        replies.append(Message(content, reply_to=Message(RecordDict(), node, "train")))
+        replies.append(Message(content, reply_to=asked[node]))
     strategy = FastAggStrategy("flexlora", ranks="reply", device="cpu")
 
     def run() -> list[StateDict]:
         strategy._training = {node: str(node) for node in nodes}
         strategy.exchange.begin(strategy._training.values())
         strategy.aggregate_train(1, iter(replies))
-        records = [encode(strategy.exchange.adapter(str(node)).state_dict()) for node in nodes]
-        return [decode(record) for record in records]
+        outgoing = {node: strategy.exchange.outgoing(str(node)) for node in nodes}
+        sent = strategy._messages(asked, outgoing, 2)
+        return [_Encoded(message.content["arrays"]) for message in sent]
 
     return run
 
@@ -179,15 +205,29 @@ def _as_fate_sends(tensor: Tensor) -> NDArray[Any]:
     return (tensor if tensor.dtype == torch.float16 else tensor.double()).numpy()
 
 
+@dataclass(frozen=True)
+class Engine:
+    """An integration.
+
+    Attributes:
+        integration: makes its round of some work.
+        handed_out: what its codebase is handed.
+        sent_as: the dtype that its codebase makes of the clients' tensors; None: it leaves them.
+    """
+
+    integration: Callable[[Work], Round]
+    handed_out: HandedOut
+    sent_as: torch.dtype | None = None
+
+
 MODEL, CLIENTS, BOTH = HandedOut(True, False), HandedOut(False, True), HandedOut(True, True)
 
-ENGINES: dict[str, tuple[Callable[[Work], Round], HandedOut]] = {
-    "Flower": (flower_round, CLIENTS),
-    "NVFlare, FedAvg": (nvflare_aggregator_round, MODEL),
-    "NVFlare, controller": (nvflare_controller_round, CLIENTS),
-    "OpenFedLLM": (openfedllm_round, BOTH),
-    "FedML": (fedml_round, BOTH),
-    "FederatedScope": (federatedscope_round, BOTH),
-    "FATE-LLM": (fate_llm_round, CLIENTS),
+ENGINES = {
+    "Flower": Engine(flower_round, CLIENTS),
+    "NVFlare, FedAvg": Engine(nvflare_aggregator_round, MODEL),
+    "NVFlare, controller": Engine(nvflare_controller_round, CLIENTS),
+    "OpenFedLLM": Engine(openfedllm_round, BOTH),
+    "FedML": Engine(fedml_round, BOTH),
+    "FederatedScope": Engine(federatedscope_round, BOTH),
+    "FATE-LLM": Engine(fate_llm_round, CLIENTS, sent_as=torch.float64),
 }
-"""Name -> the integration, and what its codebase is handed out."""

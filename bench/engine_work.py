@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ import fastagg
 
 __all__ = ["HandedOut", "Round", "StateDict", "Work", "check_same", "from_state_dicts", "from_updates"]
 
-StateDict = dict[str, Tensor]
+StateDict = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Work:
         """The rank of the global model."""
         return sorted(self.ranks)[len(self.ranks) // 2]
 
-    def _state(self, rank: int, seed: int) -> StateDict:
+    def _state(self, rank: int, seed: int) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(seed)
         state = {}
         for layer in range(self.modules):
@@ -85,12 +85,18 @@ class HandedOut:
     clients: bool
 
 
-def from_state_dicts(work: Work, handed_out: HandedOut) -> Round:
-    """The Aggregator itself, by whoever has state dicts."""
+def from_state_dicts(
+    work: Work, handed_out: HandedOut, sent_as: torch.dtype | None = None
+) -> Round:
+    """The Aggregator itself, by whoever has state dicts, in the dtype that the codebase sends."""
+    sent = work.states
+    if sent_as is not None:
+        sent = [{key: value.to(sent_as) for key, value in state.items()} for state in sent]
 
     def run() -> list[StateDict]:
-        pairs = zip(work.states, work.ranks, strict=True)
-        adapters = (fastagg.Adapter(state, work.config(rank)) for state, rank in pairs)
+        pairs = zip(sent, work.ranks, strict=True)
+        own = None if sent_as is None else work.dtype
+        adapters = (fastagg.Adapter(state, work.config(rank), dtype=own) for state, rank in pairs)
         return _aggregated(work, adapters, handed_out)
 
     return run

@@ -32,11 +32,11 @@ def measure(work: Work, repeats: int, names: Sequence[str] = tuple(ENGINES)) -> 
     """The record of one run; after one turn that is not counted, whose bits are compared."""
     rows = []
     for name in names:
-        integration, handed_out = ENGINES[name]
+        engine = ENGINES[name]
         rounds = [
-            integration(work),
-            from_state_dicts(work, handed_out),
-            from_updates(work, handed_out),
+            engine.integration(work),
+            from_state_dicts(work, engine.handed_out, engine.sent_as),
+            from_updates(work, engine.handed_out),
         ]
         handed, *expected = [run() for run in rounds]
         for each in expected:

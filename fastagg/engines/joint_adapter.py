@@ -27,24 +27,31 @@ class JointAdapter:
     _slots: dict[str, Slot] = field(default_factory=dict)
     _whole: dict[str, TensorSpan] = field(default_factory=dict)
     _scalings: dict[str, set[float]] = field(default_factory=dict)
+    _seen: set[str] = field(default_factory=set)
     _widest: tuple[int, str, Layout, AdapterConfig] | None = None
 
     def see(self, adapter: Adapter) -> None:
         """Takes note of a client's modules; of modules and whole tensors that several have, the widest
         rank and dtype are kept, with the first one's keys."""
+        rank = max(slot.rank for slot in adapter.layout.slots)
+        widest = (-rank, adapter.name or "", adapter.layout, adapter.config)
+        if self._widest is None or widest[:2] < self._widest[:2]:
+            self._widest = widest
+        if adapter.layout.digest in self._seen:
+            return
+        self._seen.add(adapter.layout.digest)
         for slot in adapter.layout.slots:
             self._scalings.setdefault(slot.module, set()).add(slot.scaling)
             known = self._slots.get(slot.module, slot)
+            if (slot.rank, slot.a.dtype, slot.b.dtype) == (known.rank, known.a.dtype, known.b.dtype):
+                self._slots[slot.module] = known
+                continue
             a = replace(known.a, dtype=torch.promote_types(known.a.dtype, slot.a.dtype))
             b = replace(known.b, dtype=torch.promote_types(known.b.dtype, slot.b.dtype))
             self._slots[slot.module] = replace(known, a=a, b=b, rank=max(known.rank, slot.rank))
         for span in adapter.layout.whole:
             seen = self._whole.get(span.key, span)
             self._whole[span.key] = replace(seen, dtype=torch.promote_types(seen.dtype, span.dtype))
-        rank = max(slot.rank for slot in adapter.layout.slots)
-        widest = (-rank, adapter.name or "", adapter.layout, adapter.config)
-        if self._widest is None or widest[:2] < self._widest[:2]:
-            self._widest = widest
 
     def of(self, aggregate: Aggregate, seed: int) -> Adapter:
         """What the round comes to. Each rank r of it is, in its first r rows and columns, what a client

@@ -23,8 +23,9 @@ CASES = [(name, torch.float16 if name == "FATE-LLM" else torch.bfloat16) for nam
 @pytest.mark.parametrize(("name", "dtype"), [*CASES, *((name, torch.float32) for name in ENGINES)])
 def test_an_integration_hands_out_what_the_aggregator_does(name: str, dtype: torch.dtype) -> None:
     work = Work(3, 24, (2, 4, 8), dtype, 1)
-    integration, handed_out = ENGINES[name]
-    handed = integration(work)()
+    engine = ENGINES[name]
+    handed_out = engine.handed_out
+    handed = engine.integration(work)()
     assert [len(state) for state in handed] == [6] * (3 * handed_out.clients + handed_out.model)
     check_same(name, handed, from_updates(work, handed_out)())
     key = next(iter(handed[0]))

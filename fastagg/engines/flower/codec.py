@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ _NUMPY_OF = {dtype: own for own, dtype in _TORCH.items()}
 # What numpy writes into a header, of arrays of numbers.
 _FIELDS = re.compile(
     rb"^.{10,12}\{'descr': '([<>|][a-zA-Z][1-9]\d?)', 'fortran_order': (True|False), "
-    rb"'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n$",
+    rb"'shape': \(((?:SIZE, ?)*(?:SIZE)?)\), \} *\n$".replace(b"SIZE", rb"(?:0|[1-9]\d{0,17})"),
     re.DOTALL,
 )
 _LONGEST_HEADER = 10_000
@@ -140,17 +141,15 @@ def from_npy(
     found = _parsed(data[: _header_length(data)])
     if found is None:
         raise _damaged(key, client, "it does not begin as .npy bytes of numbers do")
-    start, shape, fortran, numpy_dtype = found
-    wanted = start + math.prod(shape) * numpy_dtype.itemsize
-    if len(data) != wanted:
-        raise _damaged(key, client, f"{len(data)} bytes instead of {wanted}")
-    if numpy_dtype.newbyteorder("=") not in _TORCH:
-        raise _damaged(key, client, f"torch has no {numpy_dtype}")
-    if fortran or not numpy_dtype.isnative:
-        return _restored(_copied(data, start, shape, fortran, numpy_dtype), dtype, key, client)
-    if wanted == start:
-        return _restored(torch.empty(shape, dtype=_TORCH[numpy_dtype]), dtype, key, client)
-    values = torch.frombuffer(data, dtype=_TORCH[numpy_dtype], offset=start).view(shape)
+    if len(data) != found.length:
+        raise _damaged(key, client, f"{len(data)} bytes instead of {found.length}")
+    if found.own is None:
+        raise _damaged(key, client, f"torch has no {found.dtype}")
+    if found.fortran or not found.dtype.isnative:
+        return _restored(_copied(data, found), dtype, key, client)
+    if found.length == found.start:
+        return _restored(torch.empty(found.shape, dtype=found.own), dtype, key, client)
+    values = torch.frombuffer(data, dtype=found.own, offset=found.start).view(found.shape)
     return _restored(values, dtype, key, client)
 
 
@@ -181,11 +180,23 @@ def _restored(
     return values.view(dtype)
 
 
-def _copied(
-    data: bytes, start: int, shape: tuple[int, ...], fortran: bool, dtype: np.dtype[np.generic]
-) -> torch.Tensor:
-    array = np.frombuffer(data, dtype=dtype, offset=start).reshape(shape, order="F" if fortran else "C")
-    return torch.from_numpy(np.array(array, dtype=dtype.newbyteorder("="), order="C"))
+@dataclass(frozen=True)
+class _Header:
+    """What a ``.npy`` header says: where the numbers begin, their shape, order and dtype, the length of
+    it all, and torch's dtype for them, None where it has none."""
+
+    start: int
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+    length: int
+    own: torch.dtype | None
+
+
+def _copied(data: bytes, header: _Header) -> torch.Tensor:
+    array = np.frombuffer(data, dtype=header.dtype, offset=header.start)
+    array = array.reshape(header.shape, order="F" if header.fortran else "C")
+    return torch.from_numpy(np.array(array, dtype=header.dtype.newbyteorder("="), order="C"))
 
 
 def _header_length(data: bytes) -> int:
@@ -206,8 +217,8 @@ def _header(descr: str, shape: tuple[int, ...]) -> bytes:
 
 
 @functools.lru_cache(maxsize=1024)
-def _parsed(header: bytes) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]] | None:
-    """The length of a header, and the shape, order and dtype that it names; None where it is none.
+def _parsed(header: bytes) -> _Header | None:
+    """What a header says; None where it is none.
 
     numpy's own reader evaluates it as Python, and fails in as many ways as that can.
     """
@@ -219,7 +230,9 @@ def _parsed(header: bytes) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]] |
     except TypeError:
         return None
     shape = tuple(int(size) for size in found[3].split(b",") if size.strip())
-    return len(header), shape, found[2] == b"True", dtype
+    length = len(header) + math.prod(shape) * dtype.itemsize
+    own = _TORCH.get(dtype.newbyteorder("="))
+    return _Header(len(header), shape, found[2] == b"True", dtype, length, own)
 
 
 def _damaged(key: str, client: str | None, problem: str) -> InvalidInput:
