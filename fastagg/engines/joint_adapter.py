@@ -10,7 +10,7 @@ from fastagg.adapter import Adapter
 from fastagg.aggregation import Aggregate
 from fastagg.engines.first_adapters import live
 from fastagg.peft_format.config import AdapterConfig
-from fastagg.peft_format.layout import Layout, Slot, TensorSpan
+from fastagg.peft_format.layout import Layout, Slot, TensorSpan, packed
 
 __all__ = ["JointAdapter"]
 
@@ -65,15 +65,16 @@ class JointAdapter:
                 :meth:`fastagg.Aggregate.adapter`.
         """
         config = self.config or self._widest_config()
-        state: dict[str, torch.Tensor] = {}
+        spans = list(self._whole.values())
         for slot in self._slots.values():
             rank = config.rank_of(slot.module)
-            a, b = (rank, *slot.a.shape[1:]), (slot.b.shape[0], rank, *slot.b.shape[2:])
-            state[slot.a.source] = torch.zeros(a, dtype=slot.a.dtype)
-            state[slot.b.source] = torch.zeros(b, dtype=slot.b.dtype)
-        for span in self._whole.values():
-            state[span.source] = torch.zeros(span.shape, dtype=span.dtype)
-        return live(aggregate.adapter(like=Adapter(state, config, name="the joint adapter")), seed)
+            spans.append(replace(slot.a, shape=(rank, *slot.a.shape[1:])))
+            spans.append(replace(slot.b, shape=(slot.b.shape[0], rank, *slot.b.shape[2:])))
+        placed, nbytes = packed(replace(span, key=span.source) for span in spans)
+        layout = Layout.of(list(placed.values()), config, nbytes)
+        blank = torch.zeros(nbytes, dtype=torch.uint8)
+        like = Adapter.from_flat(blank, layout, config, name="the joint adapter")
+        return live(aggregate.adapter(like=like), seed)
 
     def _widest_config(self) -> AdapterConfig:
         assert self._widest is not None
