@@ -22,6 +22,8 @@ PACKAGES = (
     "safetensors",
     "peft",
     "transformers",
+    "flwr",
+    "nvflare",
     "typer",
     "rich",
 )

@@ -126,6 +126,10 @@ def test_durations(amount: float, text: str) -> None:
     assert scale.duration(amount) == text
 
 
+def test_the_readme_says_what_the_records_say() -> None:
+    scale.main([*map(str, RECORDS), "--check"])
+
+
 def test_the_section_is_written_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{scale.BEGIN}\n{scale.END}\nafter\n")
