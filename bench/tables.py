@@ -1,4 +1,4 @@
-"""``python -m bench.tables [--check]``: the README's tables of what integrations add and of what trees cost.
+"""``python -m bench.tables [--check]``: the README's tables of what integrations and trees cost.
 
 They are taken from the records that ``python -m bench.engines --record FILE`` and ``python -m bench.tree
 --record FILE`` wrote. With ``--check`` they are only compared, and a difference is an error.

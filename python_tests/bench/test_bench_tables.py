@@ -1,4 +1,4 @@
-"""The README's tables of integrations and trees are their records', and are written by a command alone."""
+"""The README's tables of integrations and trees are their records', written by a command alone."""
 
 from __future__ import annotations
 
