@@ -55,7 +55,8 @@ def with_adapter(base: LlamaForCausalLM, adapter: fastagg.Adapter | None, rank: 
 
 def trained(model: PeftModel, dtype: str) -> tuple[dict[str, torch.Tensor], LoraConfig]:
     """The adapter's tensors in a dtype, and its configuration."""
-    state = get_peft_model_state_dict(model)
+    # "auto" would ask the model hub whether the vocabulary grew.
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {key: tensor.to(getattr(torch, dtype)) for key, tensor in state.items()}
     return tensors, model.peft_config["default"]
 
