@@ -20,6 +20,7 @@ from fastagg.cli import (
     validate,
 )
 from fastagg.cli.failures import INTERRUPTED, say, unwind_on_termination
+from fastagg.cli.ranks import leaving
 
 app = typer.Typer(
     name="fastagg",
@@ -60,8 +61,9 @@ for module in (aggregate, combine, merge, inspect, validate, simulate, compare, 
 def main() -> None:
     """The entry point of the `fastagg` command."""
     unwind_on_termination()
-    try:
-        app()
-    except KeyboardInterrupt:
-        say("interrupted; nothing was written")
-        sys.exit(INTERRUPTED)
+    with leaving():
+        try:
+            app()
+        except KeyboardInterrupt:
+            say("interrupted; nothing was written")
+            sys.exit(INTERRUPTED)

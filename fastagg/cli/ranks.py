@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,6 +28,23 @@ def is_alone() -> bool:
 def is_first() -> bool:
     """Whether this process is alone, or the rank that prints."""
     return is_alone() or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Ends one of several processes as the block does, at once.
+
+    gloo's threads let go of the tensors of a collective some time after it. One that does so while
+    the interpreter ends aborts the process, whose exit code would no longer be its own.
+    """
+    try:
+        yield
+    except SystemExit as left:
+        if is_alone() or not isinstance(left.code, int):
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(left.code)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import pytest
 from ranks import Ranks
 
 
-@pytest.fixture(scope="session")
+# Of a module, not of the session: other tests look at which processes are left.
+@pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     started = Ranks(tmp_path_factory.mktemp("ranks"))
     yield started

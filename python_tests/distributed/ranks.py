@@ -1,4 +1,4 @@
-"""Processes that wait for work as the ranks of a gloo group: they are started once for all tests."""
+"""Processes that wait for work as the ranks of a gloo group: they are started once for many tests."""
 
 from __future__ import annotations
 

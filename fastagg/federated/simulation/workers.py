@@ -36,6 +36,8 @@ Answer = Trained | Step | FastAggError | None
 # A client that is late says so at its next step. One that takes no steps any more is ended with its
 # process, after this many seconds beyond its time.
 GRACE = 30.0
+# Seconds that a process may take to load the model, where clients have a time-out.
+LOADING = 600.0
 
 
 @contextmanager
@@ -110,7 +112,8 @@ class _Worker:
             self.end()
             self._begin()
         self.job = job
-        self._deadline = None  # loading the model is not the client's time
+        # Loading the model is not the client's time, but a process that hangs there has to be noticed.
+        self._deadline = time.monotonic() + LOADING + job.timeout if job.timeout else None
         with suppress(ConnectionError):  # its answer tells that it is gone
             self.connection.send(job)
 
