@@ -280,7 +280,9 @@ class Exchange:
         if not self._standing.is_like(client, update.adapter):
             # One for each kind: in a first round all clients come with adapters of their own.
             known = (own for own in current.joining.values() if alike(own, update.adapter))
-            current.joining[client] = next(known, None) or zeros(update.adapter)
+            current.joining[client] = next(known, None) or zeros(
+                update.adapter.layout, update.adapter.config, name=client
+            )
         return None
 
     def fail(self, client: str, reason: str) -> ClientFailure:
@@ -369,8 +371,12 @@ class Exchange:
         self, initial: Adapter, client: str, rank: int | None = None
     ) -> Mapping[str, Any]:
         rank = rank if rank is not None else self._ranks.get(client)
-        own = initial.config.raw
-        return own if rank is None else {**own, "r": rank, "rank_pattern": {}}
+        if rank is None:
+            return initial.config.raw
+        try:
+            return initial.config.at_ranks(dict.fromkeys(initial.modules, rank)).raw
+        except InvalidInput as error:
+            raise error.for_client(client) from error
 
     def _seed(self, purpose: str) -> int:
         return seed_of(self._plain.seed, purpose, self.round)

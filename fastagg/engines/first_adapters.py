@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import torch
 
 from fastagg.adapter import Adapter
 from fastagg.federated.clients.fresh_factors import normal, ranks_of, uniform
 from fastagg.federated.seeds import seed_of
 from fastagg.peft_format.config import AdapterConfig
-from fastagg.peft_format.layout import Slot
+from fastagg.peft_format.layout import Layout, Slot, TensorSpan, packed
 
-__all__ = ["at_ranks", "live", "zeros"]
+__all__ = ["at_ranks", "layout_at_ranks", "live", "zeros"]
 
 
 def at_ranks(initial: Adapter, config: AdapterConfig, seed: int) -> Adapter:
@@ -27,8 +30,7 @@ def at_ranks(initial: Adapter, config: AdapterConfig, seed: int) -> Adapter:
     for slot in initial.layout.slots:
         rank = config.rank_of(slot.module)
         drawn = _drawn(slot, rank, seed)
-        a_shape = (rank, *slot.a.shape[1:])
-        b_shape = (slot.b.shape[0], rank, *slot.b.shape[2:])
+        a_shape, b_shape = slot.factor_shapes(rank)
         if slot.kind == "embedding":
             a, b = torch.zeros(a_shape), drawn.t().reshape(b_shape)
         else:
@@ -37,10 +39,25 @@ def at_ranks(initial: Adapter, config: AdapterConfig, seed: int) -> Adapter:
     return Adapter(state, config, name=initial.name)
 
 
-def zeros(adapter: Adapter) -> Adapter:
-    """An adapter that differs from this one in its numbers alone: all of them are zero."""
-    flat = torch.zeros(adapter.layout.nbytes, dtype=torch.uint8)
-    return Adapter.from_flat(flat, adapter.layout, adapter.config, name=adapter.name)
+def zeros(layout: Layout, config: AdapterConfig, *, name: str | None = None) -> Adapter:
+    """An adapter of which all numbers are zero."""
+    return Adapter.from_flat(torch.zeros(layout.nbytes, dtype=torch.uint8), layout, config, name=name)
+
+
+def layout_at_ranks(
+    slots: Iterable[Slot], whole: Iterable[TensorSpan], config: AdapterConfig
+) -> Layout:
+    """The layout of these modules and whole tensors, under their own keys, at a configuration's ranks.
+
+    Raises:
+        InvalidInput: the configuration does not fit them.
+    """
+    spans = list(whole)
+    for slot in slots:
+        a_shape, b_shape = slot.factor_shapes(config.rank_of(slot.module))
+        spans += [replace(slot.a, shape=a_shape), replace(slot.b, shape=b_shape)]
+    placed, nbytes = packed(replace(span, key=span.source) for span in spans)
+    return Layout.of(list(placed.values()), config, nbytes)
 
 
 def live(adapter: Adapter, seed: int) -> Adapter:

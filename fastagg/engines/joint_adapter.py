@@ -8,9 +8,9 @@ import torch
 
 from fastagg.adapter import Adapter
 from fastagg.aggregation import Aggregate
-from fastagg.engines.first_adapters import live
+from fastagg.engines.first_adapters import layout_at_ranks, live, zeros
 from fastagg.peft_format.config import AdapterConfig
-from fastagg.peft_format.layout import Layout, Slot, TensorSpan, packed
+from fastagg.peft_format.layout import Layout, Slot, TensorSpan
 
 __all__ = ["JointAdapter"]
 
@@ -65,15 +65,8 @@ class JointAdapter:
                 :meth:`fastagg.Aggregate.adapter`.
         """
         config = self.config or self._widest_config()
-        spans = list(self._whole.values())
-        for slot in self._slots.values():
-            rank = config.rank_of(slot.module)
-            spans.append(replace(slot.a, shape=(rank, *slot.a.shape[1:])))
-            spans.append(replace(slot.b, shape=(slot.b.shape[0], rank, *slot.b.shape[2:])))
-        placed, nbytes = packed(replace(span, key=span.source) for span in spans)
-        layout = Layout.of(list(placed.values()), config, nbytes)
-        blank = torch.zeros(nbytes, dtype=torch.uint8)
-        like = Adapter.from_flat(blank, layout, config, name="the joint adapter")
+        layout = layout_at_ranks(self._slots.values(), self._whole.values(), config)
+        like = zeros(layout, config, name="the joint adapter")
         return live(aggregate.adapter(like=like), seed)
 
     def _widest_config(self) -> AdapterConfig:

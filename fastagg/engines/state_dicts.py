@@ -19,6 +19,7 @@ from torch import Tensor
 from fastagg.adapter import Adapter
 from fastagg.aggregation import Aggregate
 from fastagg.aggregator import Aggregator
+from fastagg.engines.first_adapters import layout_at_ranks, zeros
 from fastagg.engines.tensor_ranks import at_ranks_of
 from fastagg.errors import InvalidInput
 from fastagg.method import Method
@@ -46,14 +47,10 @@ class _Client:
     def of(cls, adapter: Adapter, state: Mapping[str, Tensor]) -> _Client:
         return cls(adapter.layout, adapter.config, next(iter(state.values())).device)
 
-    def resized(self, name: str, config: AdapterConfig) -> _Client:
+    def resized(self, config: AdapterConfig) -> _Client:
         """A client that has the same modules and keys at the ranks of its own configuration."""
-        blank = {span.source: torch.zeros(span.shape, dtype=span.dtype) for span in self.layout.whole}
-        for slot in self.layout.slots:
-            rank, a, b = config.rank_of(slot.module), slot.a, slot.b
-            blank[a.source] = torch.zeros(rank, *a.shape[1:], dtype=a.dtype)
-            blank[b.source] = torch.zeros(b.shape[0], rank, *b.shape[2:], dtype=b.dtype)
-        return _Client(Adapter(blank, config, name=name).layout, config, self.device)
+        layout = layout_at_ranks(self.layout.slots, self.layout.whole, config)
+        return _Client(layout, config, self.device)
 
 
 @dataclass(frozen=True)
@@ -157,9 +154,8 @@ class StateDictRounds:
             handed = self.result.adapter(client=name)
         else:
             # All of it is overwritten: what the layout has, the round has too.
-            blank = torch.zeros(known.layout.nbytes, dtype=torch.uint8)
-            shape = Adapter.from_flat(blank, known.layout, known.config, name=name)
-            handed = self.result.adapter(like=shape)
+            blank = zeros(known.layout, known.config, name=name)
+            handed = self.result.adapter(like=blank)
         return {key: tensor.to(known.device) for key, tensor in handed.state_dict().items()}
 
     def _round(
@@ -226,7 +222,7 @@ class StateDictRounds:
     def _known_client(self, name: str) -> _Client:
         known, config = self._known.get(name), self._own_configs.get(name)
         if known is None and config is not None and self._model is not None:
-            return self._model.resized(name, config)
+            return self._model.resized(config)
         if known is None:
             raise InvalidInput(
                 "no update of this client has come yet, so its rank is not known",
@@ -300,8 +296,3 @@ def _parsed(config: object, client: str | None) -> AdapterConfig:
     if isinstance(config, (str, os.PathLike)):
         config = read_config(named_path(Path(config)), client)
     return AdapterConfig.of(config, client=client)
-
-
-def _is_named(key: object, tensor: object) -> bool:
-    return isinstance(key, str) and isinstance(tensor, Tensor)
-

@@ -87,6 +87,10 @@ class Slot:
     weight_shape: tuple[int, ...]
     transposed: bool
 
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B, as in the file, at another rank."""
+        return (rank, *self.a.shape[1:]), (self.b.shape[0], rank, *self.b.shape[2:])
+
 
 class Layout:
     """The slots of an adapter and its other tensors; immutable, compared by digest.
@@ -266,8 +270,8 @@ def packed(spans: Iterable[TensorSpan]) -> tuple[dict[str, TensorSpan], int]:
 
 
 def _resized(slot: Slot, rank: int, dtype: torch.dtype | None) -> Slot:
-    a = TensorSpan(slot.a.key, 0, (rank, *slot.a.shape[1:]), dtype or slot.a.dtype, slot.a.key)
-    b_shape = (slot.b.shape[0], rank, *slot.b.shape[2:])
+    a_shape, b_shape = slot.factor_shapes(rank)
+    a = TensorSpan(slot.a.key, 0, a_shape, dtype or slot.a.dtype, slot.a.key)
     b = TensorSpan(slot.b.key, 0, b_shape, dtype or slot.b.dtype, slot.b.key)
     return replace(slot, rank=rank, a=a, b=b)
 

@@ -202,10 +202,9 @@ def _at_full_rank(stack: Adapter) -> Adapter:
     state = stack.state_dict()
     for slot in slots:
         rank = ranks[slot.module]
-        state[slot.a.source] = torch.zeros(rank, *slot.a.shape[1:], dtype=slot.a.dtype)
-        state[slot.b.source] = torch.zeros(
-            slot.b.shape[0], rank, *slot.b.shape[2:], dtype=slot.b.dtype
-        )
+        a_shape, b_shape = slot.factor_shapes(rank)
+        state[slot.a.source] = torch.zeros(a_shape, dtype=slot.a.dtype)
+        state[slot.b.source] = torch.zeros(b_shape, dtype=slot.b.dtype)
     return Adapter(state, config, name=stack.name)
 
 
