@@ -29,12 +29,11 @@ from fastagg.engines.exchange import Exchange, Outcome
 from fastagg.engines.flower.codec import from_npy, npy_of, to_npy, unwarned
 from fastagg.engines.flower.fields import Introduction, read_config, read_introduction
 from fastagg.engines.flower.legacy_fields import for_client, named, read_fields
-from fastagg.engines.flower.metrics import weighted_means
-from fastagg.engines.flower.nodes import Node, Nodes
+from fastagg.engines.flower.metrics import counts, weighted_means
+from fastagg.engines.flower.nodes import Node, Nodes, given_ranks
 from fastagg.errors import InvalidInput
 from fastagg.federated.messages import ClientFailure
 from fastagg.method import Method
-from fastagg.rounds.options import check_choice
 
 __all__ = ["FastAggFedAvg"]
 
@@ -100,11 +99,7 @@ class FastAggFedAvg(FedAvg):
             fit_metrics_aggregation_fn=fit_metrics_aggregation_fn or _means,
             evaluate_metrics_aggregation_fn=evaluate_metrics_aggregation_fn or _means,
         )
-        given: dict[str, int] = {}
-        if isinstance(ranks, str):
-            check_choice("ranks", ranks, ("query", "reply"))
-        else:
-            given = {str(cid): rank for cid, rank in ranks.items()}
+        given = given_ranks(ranks)
         self.exchange = Exchange(
             method,
             initial=initial,
@@ -184,11 +179,7 @@ class FastAggFedAvg(FedAvg):
         metrics: dict[str, Scalar] = {}
         if measured and self.fit_metrics_aggregation_fn:
             metrics = self.fit_metrics_aggregation_fn(measured)
-        metrics |= {
-            "fastagg-participants": len(outcome.participants),
-            "fastagg-failures": len(outcome.failures),
-            "fastagg-seconds": outcome.seconds,
-        }
+        metrics.update(counts(outcome))
         return (None if outcome.aggregate is None else self._result()), metrics
 
     def configure_evaluate(

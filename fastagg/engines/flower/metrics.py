@@ -1,4 +1,4 @@
-"""What nodes measured, averaged over them."""
+"""The metrics of a round: what nodes measured, averaged over them, and what became of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["weighted_means"]
+from fastagg.engines.exchange import Outcome
+
+__all__ = ["counts", "weighted_means"]
 
 Number = float | list[float]
+
+
+def counts(outcome: Outcome) -> dict[str, int | float]:
+    """What a strategy says of a round among its metrics: who took part, who failed, and the server's own
+    seconds."""
+    return {
+        "fastagg-participants": len(outcome.participants),
+        "fastagg-failures": len(outcome.failures),
+        "fastagg-seconds": outcome.seconds,
+    }
 
 
 def weighted_means(measured: Iterable[tuple[float, Mapping[str, Any]]]) -> dict[str, Number]:

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 from fastagg.engines.exchange import Exchange
 from fastagg.engines.flower.fields import Introduction
 from fastagg.errors import InvalidInput
+from fastagg.rounds.options import check_choice
 
-__all__ = ["Ask", "Node", "Nodes"]
+__all__ = ["Ask", "Node", "Nodes", "given_ranks"]
 
 Node = int | str
 """A node id of the Message API, or the cid of a client of the older one."""
 
 Ask = Callable[[Collection[Node]], Iterable[tuple[Node, Introduction | InvalidInput]]]
 """Asks nodes who they are; those that do not answer are left out."""
+
+
+def given_ranks(ranks: Mapping[Any, int] | str) -> dict[str, int]:
+    """The ranks that a strategy's user gives: node id, or the name of a client -> rank; none, where
+    nodes are asked or answer.
+
+    Raises:
+        InvalidInput: neither a mapping nor "query" or "reply".
+    """
+    if isinstance(ranks, str):
+        check_choice("ranks", ranks, ("query", "reply"))
+        return {}
+    return {str(node): rank for node, rank in ranks.items()}
 
 
 class Nodes:

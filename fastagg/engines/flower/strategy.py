@@ -16,14 +16,13 @@ from fastagg.adapter import Adapter
 from fastagg.engines.exchange import Exchange, Outcome, Outgoing
 from fastagg.engines.flower.arrivals import Arrivals
 from fastagg.engines.flower.codec import encode
-from fastagg.engines.flower.metrics import weighted_means
-from fastagg.engines.flower.nodes import Node, Nodes
+from fastagg.engines.flower.metrics import counts, weighted_means
+from fastagg.engines.flower.nodes import Node, Nodes, given_ranks
 from fastagg.engines.flower.queries import ask
 from fastagg.engines.flower.records import for_node, read_answer, read_metrics, records_of
 from fastagg.errors import InvalidInput
 from fastagg.federated.messages import ClientFailure
 from fastagg.method import Method
-from fastagg.rounds.options import check_choice
 
 __all__ = ["FastAggStrategy"]
 
@@ -101,11 +100,7 @@ class FastAggStrategy(FedAvg):
             train_metrics_aggr_fn=train_metrics_aggr_fn or _means,
             evaluate_metrics_aggr_fn=evaluate_metrics_aggr_fn or _means,
         )
-        given: dict[str, int] = {}
-        if isinstance(ranks, str):
-            check_choice("ranks", ranks, ("query", "reply"))
-        else:
-            given = {str(node): rank for node, rank in ranks.items()}
+        given = given_ranks(ranks)
         self.exchange = Exchange(
             method,
             initial=initial,
@@ -232,14 +227,7 @@ class FastAggStrategy(FedAvg):
         if outcome.problem is not None:
             log(WARNING, "Round %d does not count: %s", outcome.round, outcome.problem)
         means = self.train_metrics_aggr_fn(measured, self.weighted_by_key) if measured else {}
-        metrics = MetricRecord(
-            {
-                **means,
-                "fastagg-participants": len(outcome.participants),
-                "fastagg-failures": len(outcome.failures),
-                "fastagg-seconds": outcome.seconds,
-            }
-        )
+        metrics = MetricRecord({**means, **counts(outcome)})
         return (None if outcome.aggregate is None else self._result()), metrics
 
     def configure_evaluate(
