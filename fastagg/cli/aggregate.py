@@ -9,6 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastagg.cli.aggregator_options import (
+    Accumulator,
+    Adding,
+    By,
+    Device,
+    HandedOutAs,
+    MaxMemory,
+    OnDevice,
+    Ranks,
+    Route,
+    Seed,
+    options_of,
+)
 from fastagg.cli.failures import command, say
 from fastagg.cli.options import (
     Condense,
@@ -18,7 +31,6 @@ from fastagg.cli.options import (
     OutOrState,
     State,
     check_one,
-    check_ranks,
     parsed_ranks,
 )
 from fastagg.cli.printing import console, print_json, print_state, progress_bar
@@ -40,40 +52,6 @@ class Missing(str, Enum):
 
     renormalise = "renormalise"
     zero = "zero"
-
-
-class Accumulator(str, Enum):
-    """What the round adds up in."""
-
-    auto = "auto"
-    stack = "stack"
-    dense = "dense"
-
-
-class Route(str, Enum):
-    """How dW is decomposed."""
-
-    auto = "auto"
-    gram = "gram"
-    qr = "qr"
-    randomized = "randomized"
-    dense = "dense"
-
-
-class Device(str, Enum):
-    """Where the work is done."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(str, Enum):
-    """Of what is handed out."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def _method(name: str) -> str:
@@ -108,26 +86,9 @@ def aggregate(
             show_default=False,
         ),
     ] = None,
-    ranks: Annotated[
-        str | None,
-        typer.Option(
-            callback=check_ranks,
-            metavar="4,8",
-            help="Hand out adapters of these ranks instead of the clients' own; each client gets "
-            "the largest that is not above its own, else the smallest.",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="8GiB",
-            help="What the accumulator and the work may take together; refused before any work, "
-            "with the figure needed, where that is not enough. Default: any.",
-            show_default=False,
-        ),
-    ] = None,
+    ranks: Ranks = None,
+    device: OnDevice = Device.auto,
+    max_memory: MaxMemory = None,
     missing: Annotated[
         Missing,
         typer.Option(
@@ -135,23 +96,10 @@ def aggregate(
             "count an update of zero."
         ),
     ] = Missing.renormalise,
-    accumulator: Annotated[
-        Accumulator,
-        typer.Option(
-            help="stack keeps the factors and grows with the clients, dense keeps dW; auto takes "
-            "the smaller."
-        ),
-    ] = Accumulator.auto,
-    route: Annotated[
-        Route, typer.Option(help="The decomposition; auto takes the fastest by its cost model.")
-    ] = Route.auto,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Of what is handed out. Default: each client's own.", show_default=False),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="Of the randomized decomposition.")
-    ] = 0,
+    accumulator: Adding = Accumulator.auto,
+    route: By = Route.auto,
+    dtype: HandedOutAs = None,
+    seed: Seed = 0,
     state: State = None,
     condense: Condense = None,
     skip_invalid: Annotated[
@@ -201,15 +149,8 @@ def aggregate(
     from fastagg.aggregator import Aggregator
     from fastagg.errors import InvalidInput
 
-    options: dict[str, Any] = {
-        "device": device.value,
-        "max_memory": max_memory,
-        "missing": missing.value,
-        "accumulator": accumulator.value,
-        "route": route.value,
-        "dtype": None if dtype is None else dtype.value,
-        "seed": seed,
-    }
+    options = options_of(device, max_memory, accumulator, route, dtype, seed)
+    options["missing"] = missing.value
     wanted = None if ranks is None else parsed_ranks(ranks)
     try:
         handout = Aggregator(method, **options).method.handout

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from fastagg.cli.aggregate import Accumulator, Device, Dtype, Route
+from fastagg.cli.aggregator_options import (
+    Accumulator,
+    Adding,
+    By,
+    Device,
+    HandedOutAs,
+    MaxMemory,
+    OnDevice,
+    Ranks,
+    Route,
+    Seed,
+    options_of,
+)
 from fastagg.cli.failures import command
 from fastagg.cli.options import (
     Condense,
@@ -16,7 +28,6 @@ from fastagg.cli.options import (
     OutOrState,
     State,
     check_one,
-    check_ranks,
     parsed_ranks,
 )
 from fastagg.cli.printing import console, print_json, print_state, progress_bar
@@ -35,35 +46,13 @@ def combine(
     out: OutOrState = None,
     state: State = None,
     condense: Condense = None,
-    ranks: Annotated[
-        str | None,
-        typer.Option(
-            callback=check_ranks,
-            metavar="4,8",
-            help="Hand out adapters of these ranks instead of the clients' own.",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="8GiB",
-            help="What the accumulator and the work may take together. Default: any.",
-            show_default=False,
-        ),
-    ] = None,
-    accumulator: Annotated[
-        Accumulator, typer.Option(help="stack keeps factors, dense keeps dW; auto takes the smaller.")
-    ] = Accumulator.auto,
-    route: Annotated[Route, typer.Option(help="The decomposition.")] = Route.auto,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Of what is handed out. Default: each client's own.", show_default=False),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="Of the randomized decomposition.")
-    ] = 0,
+    ranks: Ranks = None,
+    device: OnDevice = Device.auto,
+    max_memory: MaxMemory = None,
+    accumulator: Adding = Accumulator.auto,
+    route: By = Route.auto,
+    dtype: HandedOutAs = None,
+    seed: Seed = 0,
     force: Force = False,
     json_output: Json = False,
 ) -> None:
@@ -75,14 +64,7 @@ def combine(
     from fastagg.folders.states import hand_out_states, state_of_states
 
     check_one(out, state, condense, ranks)
-    options: dict[str, Any] = {
-        "device": device.value,
-        "max_memory": max_memory,
-        "accumulator": accumulator.value,
-        "route": route.value,
-        "dtype": None if dtype is None else dtype.value,
-        "seed": seed,
-    }
+    options = options_of(device, max_memory, accumulator, route, dtype, seed)
     with progress_bar() as progress:
         if state is not None:
             saved = state_of_states(
